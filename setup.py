@@ -1,0 +1,23 @@
+"""Builds the native kernels where a C++ compiler exists; without one the installation succeeds and runs the twins.
+
+Everything else about the package is in pyproject.toml.
+"""
+
+from setuptools import Extension, setup
+
+# Reductions may be reordered (that is what vectorising them means); infinities and NaN keep their meaning.
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-fno-signed-zeros", "-fassociative-math"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "headway.kernels._native",
+            ["src/headway/kernels/training.cpp"],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+    ]
+)

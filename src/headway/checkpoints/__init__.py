@@ -1,0 +1,1 @@
+"""What is kept of a model and of a run on disk: safetensors, state as tensors + JSON, checkpoint folders."""

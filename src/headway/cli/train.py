@@ -1,0 +1,171 @@
+"""`headway train`: a model from text. `headway train data.path=book.txt budget=3m` is enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from headway.cli.options import Common, option
+from headway.cli.output import Printer, duration
+from headway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headway.launch import RunResult
+    from headway.run_config import Resolved
+
+# Flags that set a key of the run config.
+_KEYS = {
+    **{name: f"data.{name}" for name in ("context", "val_fraction", "encoding_errors", "newline", "skip_bad_rows")},
+    **{name: f"train.{name}" for name in ("seed", "device", "dtype", "threads")},
+    "output": "output",
+}
+# What these two decided stands in the saved config as train.steps and the model's sizes; when the same command line is
+# used to resume, they are not asked again.
+_SETTLED = ("budget", "model.depth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What `headway train` takes besides the keys of the run config."""
+
+    config: Annotated[list[str] | None, option(help="A YAML file; repeat for several, later ones win.")] = None
+    output: Annotated[str | None, option(help="The run folder [runs/ and the data's name].")] = None
+    resume: Annotated[
+        bool, option("--resume", help="Go on where the run stopped; `--resume auto`: if it ever began.")
+    ] = False
+    override: Annotated[bool, option("--override", help="Resume with changed keys that may change.")] = False
+    overwrite: Annotated[bool, option("--overwrite", help="Throw away a run that is in the folder.")] = False
+    force: Annotated[bool, option("--force", help="Take over a lock that another host left.")] = False
+    dry_run: Annotated[bool, option("--dry-run", help="Show what would be trained, and stop.")] = False
+    print_config: Annotated[bool, option("--print-config", help="Show every key, its value and where it is from.")] = (
+        False
+    )
+    context: Annotated[int | None, option(help="Tokens in a training window (data.context).")] = None
+    val_fraction: Annotated[float | None, option(help="Share held out (data.val_fraction).")] = None
+    encoding_errors: Annotated[str | None, option(help="strict, replace or skip (data.encoding_errors).")] = None
+    newline: Annotated[str | None, option(help="keep or lf (data.newline).")] = None
+    skip_bad_rows: Annotated[bool | None, option("--skip-bad-rows", help="Leave out broken JSONL rows.")] = None
+    seed: Annotated[int | None, option(help="The same seed, the same run (train.seed).")] = None
+    device: Annotated[str | None, option(help="auto, cpu or cuda (train.device).")] = None
+    dtype: Annotated[str | None, option(help="auto, float32, bfloat16 or float16 (train.dtype).")] = None
+    threads: Annotated[int | None, option(help="Threads of the CPU (train.threads).")] = None
+
+    @property
+    def keys(self) -> list[str]:
+        """Overrides of the run config: free words, then flags."""
+        flags = [(key, getattr(self, name)) for name, key in _KEYS.items()]
+        return [*self.overrides, *(f"{key}={_yaml(value)}" for key, value in flags if value is not None)]
+
+
+def _yaml(value: object) -> str:
+    from headway.strict import dump_json
+
+    return dump_json(value)  # JSON scalars are YAML: a folder named 123 or `a: b` stays a string
+
+
+def _places(options: Options) -> tuple[list[Path], str | None]:
+    """Config files among the free words, and the run folder if one is named there."""
+    configs = [Path(name) for name in options.config or []]
+    folder = None
+    for word in options.paths:
+        if word == "auto" and options.resume:
+            continue
+        if word.endswith((".yaml", ".yml", ".json")):
+            configs.append(Path(word))
+        elif folder is None and options.resume:
+            folder = word
+        else:
+            raise ConfigError(
+                word, "neither an override nor a config file", "key=value or FILE.yaml", f"data.path={word}"
+            )
+    return configs, folder
+
+
+def read_config(options: Options) -> tuple[Resolved, Literal["never", "auto", "must"]]:
+    """The run config of a command line; when resuming, what the run folder says comes first.
+
+    Raises ConfigError, InputError.
+    """
+    from headway.checkpoints.folder import list_checkpoints
+    from headway.launch import CONFIG, default_output
+    from headway.run_config import flatten, load_run
+
+    configs, folder = _places(options)
+    keys = options.keys + ([f"output={_yaml(folder)}"] if folder else [])
+    resolved = load_run(configs, keys)
+    if not options.resume:
+        return resolved, "never"
+    place = Path(resolved.run.output) if resolved.run.output else default_output(resolved.run)
+    if list_checkpoints(place) and (place / CONFIG).is_file():
+        values = flatten(resolved.run.model_dump(mode="json"))
+        given = [f"{key}={_yaml(values[key])}" for key in resolved.origins if key in values and key not in _SETTLED]
+        resolved = load_run([place / CONFIG], [*given, f"output={_yaml(str(place))}"], {})
+    return resolved, "auto" if "auto" in options.paths else "must"
+
+
+def run(options: Options) -> None:
+    """Resolve, train, and say what to do next."""
+    printer = Printer(json=options.json)
+    resolved, resume = read_config(options)
+    if options.print_config:
+        return _print_config(printer, resolved)
+    from headway.cli.display import Display
+    from headway.launch import Launch, train
+
+    how = Launch(resume, options.override, options.overwrite, options.force, options.dry_run)
+    with Display() as display:
+        done = train(resolved.run, how, display)
+    printer.result(summary(done))
+    if done.result is not None:
+        _next(printer, done)
+    else:
+        printer.say("nothing was trained (--dry-run)")
+
+
+def summary(done: RunResult) -> dict[str, object]:
+    """A run as JSON values."""
+    run, result = done.plan.run, done.result
+    out: dict[str, object] = {
+        "run": str(done.folder),
+        "parameters": done.plan.parameters,
+        "train_tokens": done.plan.train_tokens,
+        "valid_tokens": done.plan.valid_tokens,
+        "config": run.model_dump(mode="json"),
+    }
+    if result is not None:
+        evaluation = result.evaluation
+        out |= {
+            "step": result.step,
+            "stopped": result.stopped,
+            "loss": evaluation.loss if evaluation else None,
+            "bits_per_byte": evaluation.bits_per_byte if evaluation else None,
+            "tokens": result.tokens,
+            "skipped": result.skipped,
+            "spikes": result.spikes,
+            "seconds": result.seconds,
+            "checkpoint": str(result.checkpoint),
+        }
+    return out
+
+
+def _next(printer: Printer, done: RunResult) -> None:
+    assert done.result is not None
+    evaluation, folder = done.result.evaluation, done.folder
+    bits = evaluation.bits_per_byte if evaluation else None
+    measured = "" if bits is None else f", {bits:.3f} bits per byte on held-out text"
+    printer.say(f"trained {done.result.step:,} steps in {duration(done.result.seconds)}{measured}")
+    printer.say(f"run folder {folder}, loss curve {folder / 'loss.svg'}")
+    printer.say(f"next: headway generate {folder} --prompt 'The'")
+
+
+def _print_config(printer: Printer, resolved: Resolved) -> None:
+    from headway.run_config import flatten
+
+    tree = resolved.run.model_dump(mode="json")
+    values = flatten(tree)
+    rows = [(key, _yaml(value), f"# {resolved.origins.get(key, 'default')}") for key, value in values.items()]
+    printer.table(rows)
+    printer.say("null: chosen from data, budget and machine (--dry-run shows what)")
+    origins = {key: resolved.origins.get(key, "default") for key in values}
+    printer.result({"config": tree, "origins": origins})

@@ -1,0 +1,50 @@
+"""The compiled library: found, loaded, and switched off by one call.
+
+It is built at installation where a C++ compiler exists (setup.py). Without it every operation runs as its PyTorch twin:
+slower, same results within float32 rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_enabled = True
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, None where they were not built."""
+    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+@contextlib.contextmanager
+def twins_only() -> Iterator[None]:
+    """Run the PyTorch twins inside, also where the library exists (tests, bisecting)."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the native path can take these tensors: float32 on CPU, outside of tracing."""
+    if not _enabled or library() is None or torch.compiler.is_compiling():
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """The tensor's memory; the caller keeps the tensor alive for the duration of the call."""
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,174 @@
+"""What a decoder remembers, so that a new token costs one token: keys and values per layer, by position.
+
+A key at position p lives in column p mod capacity. With capacity = max_len that is the contiguous static cache, with
+capacity = window the rolling one; the same code serves both, and rows of unequal length need no padding columns.
+All layers with the same window share one set of column positions. Cross-attention keys and values are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headway.errors import BugError
+
+
+class Slots:
+    """Columns of keys and values for a group of layers with the same window.
+
+    Tensors: keys and values (L, B, K, capacity + 1, H), positions (B, capacity + 1) with -1 for an empty column. The
+    last column is where padding goes: written, never read.
+    """
+
+    def __init__(self, layers: int, batch: int, capacity: int, heads: tuple[int, int], like: Tensor) -> None:
+        n_kv_heads, d_head = heads
+        self.capacity, self.used = capacity, 0
+        self.keys = like.new_zeros(layers, batch, n_kv_heads, capacity + 1, d_head)
+        self.values = torch.zeros_like(self.keys)
+        self.positions = torch.full((batch, capacity + 1), -1, dtype=torch.long, device=like.device)
+        self._columns: Tensor | None = None
+        self._past: Tensor | None = None
+
+    def begin(self, positions: Tensor, real: Tensor | None, start: int | None) -> Tensor:
+        """Reserve columns for new tokens; returns the positions (B, S) of all keys that they may see.
+
+        Args:
+            positions: (B|1, T) of the new tokens. real: (B, T) bool, None when all are.
+            start: the first position when every row starts there without padding, else None.
+        """
+        T = positions.shape[1]
+        batch = self.positions.shape[0]
+        if start is not None and start + T <= self.capacity:
+            self._columns, self._past = None, None
+            self._start = start
+            self.used = start + T
+            self.positions[:, start : self.used] = positions
+            return self.positions[:, : self.used]
+        new = positions.expand(batch, T)
+        last = new.masked_fill(~real, -1).amax(1, keepdim=True) if real is not None else new.amax(1, keepdim=True)
+        kept = new > last - self.capacity
+        kept = kept & real if real is not None else kept
+        self._columns = torch.where(kept, new % self.capacity, self.capacity)
+        shown = new if real is None else new.masked_fill(~real, -1)
+        reach = min(int(last.max()) + 1, self.capacity)
+        # A block of new tokens may overwrite keys that its own first tokens still see: attend to old ones beside new.
+        if T > 1 and int(last.max()) >= self.capacity:
+            self._past = self.positions[:, : self.used].clone()
+            seen = torch.cat((self._past, shown), 1)
+        else:
+            self._past = None
+        self.positions.scatter_(1, self._columns, shown)
+        self.positions[:, self.capacity] = -1
+        self.used = max(self.used, reach)
+        return seen if self._past is not None else self.positions[:, : self.used]
+
+    def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of one layer; returns all that are visible, (B, S, K, H) views."""
+        out = []
+        for store, new in ((self.keys[layer], k_BTKH), (self.values[layer], v_BTKH)):
+            new_BKTH = new.transpose(1, 2).to(store.dtype)
+            if self._columns is None:
+                store[:, :, self._start : self.used] = new_BKTH
+                out.append(store[:, :, : self.used].transpose(1, 2))
+                continue
+            old = None if self._past is None else store[:, :, : self._past.shape[1]].clone()
+            index = self._columns[:, None, :, None].expand_as(new_BKTH)
+            store.scatter_(2, index, new_BKTH)
+            seen = store[:, :, : self.used] if old is None else torch.cat((old, new_BKTH), 2)
+            out.append(seen.transpose(1, 2))
+        return out[0], out[1]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row rows[i] (beam search); the batch may change size."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+        self.positions = self.positions.index_select(0, rows)
+
+    def crop(self, length: int) -> None:
+        """Forget every position from `length` on. A rolling cache that has wrapped cannot."""
+        if int(self.positions.max()) >= self.capacity:
+            raise BugError("cache", "a rolling cache that has wrapped cannot be cropped")
+        self.positions[self.positions >= length] = -1
+        self.used = min(self.used, length)
+
+
+class Cache:
+    """The memory of one batch of sequences through a whole model.
+
+    `lengths` (B,) counts the real tokens seen per row; `length` is that number when all rows agree and none was
+    padded, else None. `declared` (B,) is the length each sequence is meant to reach, which length-dependent RoPE needs.
+    With `last_only` the model gives the logits of each row's last real token alone, (B, 1, V): over a long prompt and a
+    large vocabulary the others would take more memory than the model.
+
+    Args:
+        windows: the window of each layer, None for layers that see everything.
+        batch: rows. max_len: tokens a row can hold. heads: (n_kv_heads, d_head). like: dtype and device.
+    """
+
+    def __init__(
+        self, windows: Sequence[int | None], batch: int, max_len: int, heads: tuple[int, int], like: Tensor
+    ) -> None:
+        self.max_len, self.heads = max_len, heads
+        self.groups: dict[int | None, Slots] = {}
+        self.layers: list[tuple[int | None, int]] = []
+        for window in windows:
+            window = None if window is not None and window >= max_len else window
+            self.layers.append((window, sum(1 for group, _ in self.layers if group == window)))
+        for window in dict.fromkeys(group for group, _ in self.layers):
+            count = sum(1 for group, _ in self.layers if group == window)
+            self.groups[window] = Slots(count, batch, window or max_len, heads, like)
+        self.length: int | None = 0
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.declared = torch.full_like(self.lengths, max_len)
+        self.cross: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+        self.encoder_real: Tensor | None = None
+        self.encoder_hidden: Tensor | None = None
+        self.last_only = False
+
+    def next_positions(self, T: int, real: Tensor | None) -> Tensor:
+        """Positions (B|1, T) of the next T tokens, counting only real ones."""
+        if real is None and self.length is not None:
+            return torch.arange(self.length, self.length + T, device=self.lengths.device)[None]
+        step = torch.arange(T, device=self.lengths.device)[None] if real is None else real.long().cumsum(1) - 1
+        return self.lengths[:, None] + step.clamp(min=0)
+
+    def begin(self, positions: Tensor, real: Tensor | None) -> dict[int | None, Tensor]:
+        """Reserve room for new tokens; per window, the positions (B, S) of the keys they may see (-1: none)."""
+        T = positions.shape[1]
+        start = self.length if real is None else None
+        longest = (int(self.lengths.max()) if self.length is None else self.length) + T
+        if longest > self.max_len and (real is None or int(self.lengths.max() + real.sum(1).max()) > self.max_len):
+            raise BugError("cache", f"{longest} tokens", f"at most {self.max_len}")
+        seen = {window: slots.begin(positions, real, start) for window, slots in self.groups.items()}
+        self.lengths = self.lengths + (T if real is None else real.sum(1))
+        self.length = start + T if start is not None else None
+        return seen
+
+    def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; returns all visible ones, (B, S, K, H)."""
+        window, index = self.layers[layer]
+        return self.groups[window].append(index, k_BTKH, v_BTKH)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row rows[i]; used by beam search and to drop finished rows."""
+        for slots in self.groups.values():
+            slots.reorder(rows)
+        self.lengths, self.declared = self.lengths[rows], self.declared[rows]
+        self.cross = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.cross]
+        if self.encoder_real is not None:
+            self.encoder_real = self.encoder_real[rows]
+        if self.encoder_hidden is not None:
+            self.encoder_hidden = self.encoder_hidden[rows]
+
+    def crop(self, length: int) -> None:
+        """Forget every position from `length` on, in all rows."""
+        for slots in self.groups.values():
+            slots.crop(length)
+        self.lengths = self.lengths.clamp(max=length)
+        self.length = None if self.length is None else min(self.length, length)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by self-attention keys and values, in bytes."""
+        return sum(2 * slots.keys.numel() * slots.keys.element_size() for slots in self.groups.values())

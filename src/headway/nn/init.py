@@ -1,0 +1,41 @@
+"""How weights begin: N(0, std^2), zeros for biases, and the residual writers as the scheme says."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from headway.config import ModelConfig
+from headway.nn.attention import Attention
+from headway.nn.embeddings import Patches
+from headway.nn.feed_forward import FeedForward
+from headway.nn.positions import ScoreBias
+
+
+def initialize(model: nn.Module, config: ModelConfig) -> None:
+    """Initialise every parameter of a Transformer in place, from torch's global generator.
+
+    Norms keep their ones and zeros. `residual` scaled divides the std of the projections that write to the residual
+    stream by sqrt(2 n_layers) (GPT-2); zero makes every block the identity at the start.
+    """
+    scheme = config.init
+    depth = max(config.n_layers, config.n_decoder_layers)
+    writers = {id(m.output) for m in model.modules() if isinstance(m, Attention)}
+    writers |= {id(m.down) for m in model.modules() if isinstance(m, FeedForward)}
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                std = scheme.std if scheme.std is not None else 1 / math.sqrt(module.in_features)
+                if id(module) in writers:
+                    std *= {"plain": 1.0, "scaled": 1 / math.sqrt(2 * depth), "zero": 0.0}[scheme.residual]
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=scheme.std if scheme.std is not None else 1.0)
+            elif isinstance(module, Patches) and module.first is not None:
+                nn.init.normal_(module.first, std=scheme.std or 0.02)
+            elif isinstance(module, ScoreBias) and hasattr(module, "table"):
+                nn.init.normal_(module.table, std=scheme.std or 0.02)

@@ -1,0 +1,208 @@
+"""The whole model: front end, one or two stacks, head. Four kinds, one class."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headway.config import ModelConfig
+from headway.errors import ConfigError, InputError
+from headway.nn.cache import Cache
+from headway.nn.embeddings import Embeddings
+from headway.nn.feed_forward import MixtureOfExperts
+from headway.nn.heads import IGNORED, LanguageModelHead, make_head, pool
+from headway.nn.init import initialize
+from headway.nn.masks import Sight
+from headway.nn.stack import Stack
+
+
+class Output(NamedTuple):
+    """loss: scalar or None. logits: see heads.py. hidden: (B, T, D). encoder_hidden: (B, S, D) or None."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden: Tensor
+    encoder_hidden: Tensor | None = None
+
+
+class Transformer(nn.Module):
+    """A model of any kind, initialised by `config.init`.
+
+    Raises:
+        ConfigError: from the config, before any memory is taken.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.is_pair = config.kind == "encoder-decoder"
+        self.encoder = Stack(config, is_decoder=False) if config.kind != "decoder" else None
+        self.decoder = Stack(config, is_decoder=True) if config.kind in ("decoder", "encoder-decoder") else None
+        self.head = make_head(config)
+        if config.embeddings.tied and isinstance(self.head, LanguageModelHead) and self.embeddings.tokens is not None:
+            self.head.output.weight = self.embeddings.tokens.weight
+        initialize(self, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        token_types: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Run the model.
+
+        Args:
+            input_ids: (B, T) ids; with `cache` the new ones only. In an encoder-decoder, the encoder's.
+            attention_mask: (B, T), nonzero for real tokens, padding on either side.
+            documents: (B, T) numbers; tokens with different numbers cannot see each other, positions restart.
+            token_types: (B, T) segment numbers (BERT).
+            decoder_input_ids, decoder_attention_mask: (B, T) of an encoder-decoder; ids default to labels shifted
+                right behind `tokens.decoder_start` (teacher forcing).
+            pixel_values: (B, C, height, width) for vision.
+            labels: see heads.py. For language models they already stand where they are predicted.
+            cache: from `new_cache`; remembers what it has seen.
+        """
+        inputs = pixel_values if pixel_values is not None else input_ids
+        real = None if attention_mask is None else attention_mask.bool()
+        if not self.is_pair:
+            stack = self.decoder if self.decoder is not None else self.encoder
+            assert stack is not None
+            hidden = self._run(stack, self._check(inputs), real, documents, token_types, cache)
+            return self._answer(hidden, real, labels, None, cache)
+        assert self.encoder is not None and self.decoder is not None
+        encoded, encoder_real = self._encode(inputs, real, documents, cache)
+        if decoder_input_ids is None:
+            decoder_input_ids = self._shift(labels)
+        decoder_real = None if decoder_attention_mask is None else decoder_attention_mask.bool()
+        ids = self._check(decoder_input_ids)
+        hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, encoded, encoder_real)
+        return self._answer(hidden, decoder_real, labels, encoded, cache)
+
+    def new_cache(self, batch: int, max_len: int, lengths: Tensor | None = None) -> Cache:
+        """Empty memory for `batch` sequences of up to `max_len` tokens through the decoder.
+
+        `lengths` (B,) declares how long each row will become (default `max_len`), for length-dependent RoPE.
+        """
+        if self.decoder is None:
+            raise ConfigError("kind and cache", f"kind {self.config.kind} keeps no cache", "a decoder")
+        heads = (self.config.n_kv_heads, self.config.d_head)
+        cache = Cache(self.decoder.windows, batch, max_len, heads, next(self.parameters()))
+        if lengths is not None:
+            cache.declared = lengths.to(cache.declared)
+        return cache
+
+    def balance_loss(self) -> Tensor | None:
+        """The sum of the load-balancing terms of the last forward, None without experts."""
+        terms = [
+            m.balance_loss for m in self.modules() if isinstance(m, MixtureOfExperts) and m.balance_loss is not None
+        ]
+        return torch.stack(terms).sum() if terms else None
+
+    def _run(
+        self,
+        stack: Stack,
+        inputs: Tensor,
+        real: Tensor | None,
+        documents: Tensor | None,
+        token_types: Tensor | None,
+        cache: Cache | None,
+        encoder_BSD: Tensor | None = None,
+        encoder_real: Tensor | None = None,
+    ) -> Tensor:
+        """Embed and pass through one stack."""
+        sight = self._sight(inputs, real, documents, cache)
+        x_BTD = self.embeddings(sight.q_positions, inputs, token_types)
+        out: Tensor = stack(x_BTD, sight, cache, encoder_BSD, encoder_real)
+        return out
+
+    def _sight(self, inputs: Tensor, real: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Sight:
+        """Positions count real tokens from zero, from the cache's length, or from the start of a document."""
+        device = inputs.device
+        patch = self.config.embeddings.patch
+        T = patch.count if inputs.ndim == 4 and patch is not None else inputs.shape[1]
+        if cache is not None:
+            positions = cache.next_positions(T, real)
+        elif documents is not None:
+            positions = _restarted(documents)
+        elif real is not None:
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)
+        else:
+            positions = torch.arange(T, device=device)[None]
+        if cache is None and self.config.max_len < T and int(positions.max()) >= self.config.max_len:
+            raise InputError(
+                "input_ids", f"{int(positions.max()) + 1} positions", f"at most max_len {self.config.max_len}"
+            )
+        plain = real is None and documents is None and cache is None
+        return Sight(positions, positions, real, documents, documents, plain=plain)
+
+    def _encode(
+        self, inputs: Tensor | None, real: Tensor | None, documents: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The encoder's states: computed, or remembered by the cache after its first call."""
+        if cache is not None and cache.encoder_hidden is not None:
+            return cache.encoder_hidden, cache.encoder_real
+        assert self.encoder is not None
+        encoded = self._run(self.encoder, self._check(inputs), real, documents, None, None)
+        if cache is not None:
+            cache.encoder_hidden, cache.encoder_real = encoded, real
+        return encoded, real
+
+    def _answer(
+        self,
+        hidden: Tensor,
+        real: Tensor | None,
+        labels: Tensor | None,
+        encoded: Tensor | None,
+        cache: Cache | None,
+    ) -> Output:
+        is_last_only = cache is not None and cache.last_only and hidden.shape[1] > 1
+        logits = self.head(pool(hidden, real, "last")[:, None] if is_last_only else hidden, real)
+        loss = None if labels is None else self.head.loss(logits, labels)
+        balance = self.balance_loss() if loss is not None and self.training else None
+        return Output(loss if balance is None or loss is None else loss + balance, logits, hidden, encoded)
+
+    def _shift(self, labels: Tensor | None) -> Tensor:
+        """Teacher forcing: the decoder reads its start token and then the labels up to the one before."""
+        start = self.config.tokens.decoder_start
+        if labels is None or start is None:
+            raise ConfigError(
+                "kind and tokens.decoder_start",
+                f"kind encoder-decoder with {'no labels' if labels is None else 'tokens.decoder_start unset'}",
+                "decoder_input_ids, or labels and the id that begins a target",
+                "tokens.decoder_start=0",
+            )
+        pad = self.config.tokens.pad or 0
+        shifted = torch.cat((labels.new_full((len(labels), 1), start), labels[:, :-1]), 1)
+        return shifted.masked_fill(shifted == IGNORED, pad)
+
+    def _check(self, inputs: Tensor | None) -> Tensor:
+        """One sentence instead of an index error deep inside."""
+        field = "pixel_values" if self.config.kind == "vision" else "input_ids"
+        if inputs is None:
+            raise InputError(field, "missing", f"the input of kind {self.config.kind}")
+        patch = self.config.embeddings.patch
+        if patch is not None:
+            shape = (patch.channels, patch.image, patch.image)
+            if inputs.shape[1:] != shape:
+                raise InputError(field, f"shape {tuple(inputs.shape)}", f"(B, {', '.join(map(str, shape))})")
+        elif inputs.ndim != 2 or inputs.shape[1] == 0:
+            raise InputError(field, f"shape {tuple(inputs.shape)}", "(B, T) with T of at least 1")
+        return inputs
+
+
+def _restarted(documents: Tensor) -> Tensor:
+    """Positions that begin at zero in every document. (B, T) -> (B, T)."""
+    order = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    is_first = torch.ones_like(documents, dtype=torch.bool)
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return order - torch.where(is_first, order, 0).cummax(1).values

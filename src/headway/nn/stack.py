@@ -1,0 +1,109 @@
+"""The Transformer's body: N blocks and a final norm. Encoder, decoder and vision differ only in mask and front end."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from headway.config import Alibi, ModelConfig, Relative
+from headway.config import Rope as RopeConfig
+from headway.nn.block import Block, Surroundings
+from headway.nn.cache import Cache
+from headway.nn.masks import Mask, Sight, build_mask
+from headway.nn.norms import make_norm
+from headway.nn.positions import Rope, ScoreBias
+
+
+class Stack(nn.Module):
+    """Blocks over one sequence.
+
+    Args:
+        config: the model. is_decoder: the causal stack, with cross-attention in an encoder-decoder.
+    """
+
+    def __init__(self, config: ModelConfig, *, is_decoder: bool) -> None:
+        super().__init__()
+        every = config.attention.cross_every if is_decoder else 0
+        directions = config.masks(decoder=is_decoder)
+        self.blocks = nn.ModuleList(
+            Block(
+                config,
+                layer,
+                (mask == "causal", config.window(layer)),
+                cross=every > 0 and layer % every == 0,
+            )
+            for layer, mask in enumerate(directions)
+        )
+        self.norm = make_norm(config.d_model, config.norm) if config.placement != "post" else nn.Identity()
+        positions = config.positions
+        self.rope = Rope(positions, config.d_head, config.max_len) if isinstance(positions, RopeConfig) else None
+        self.bias = (
+            ScoreBias(positions, config.n_heads, bidirectional=not is_decoder and config.kind != "decoder")
+            if isinstance(positions, Alibi | Relative)
+            else None
+        )
+
+    @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer, None where it sees everything."""
+        return [block.mask[1] for block in self.blocks if isinstance(block, Block)]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        sight: Sight,
+        cache: Cache | None = None,
+        encoder_BSD: Tensor | None = None,
+        encoder_real: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D), normalised.
+
+        Args:
+            sight: where the tokens stand, which are real, which document they are of.
+            cache: remembers keys and values; `sight` then describes the new tokens only.
+            encoder_BSD, encoder_real: what cross-attention reads, and which of it is not padding.
+        """
+        angles = None
+        if self.rope is not None:
+            length = sight.document_lengths() if cache is None else cache.declared[:, None]
+            angles = self.rope.angles(sight.q_positions, x_BTD, length if self.rope.by_length else None)
+        masks: dict[tuple[bool, int | None], Mask] = {}
+        sights = _sights(sight, cache, self.windows)
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            if block.mask not in masks:
+                is_causal, window = block.mask
+                masks[block.mask] = build_mask(sights[layer], is_causal=is_causal, window=window)
+        cross = Mask(dense=encoder_real[:, None, None, :]) if encoder_real is not None else Mask()
+        biases = self._biases(sights, x_BTD)
+        for layer, block in enumerate(self.blocks):
+            around = Surroundings(masks, angles, biases.get(id(sights[layer])), cache, encoder_BSD, cross)
+            x_BTD = block(x_BTD, around)
+        out: Tensor = self.norm(x_BTD)
+        return out
+
+    def _biases(self, sights: list[Sight], like: Tensor) -> dict[int, Tensor]:
+        """One score bias per distinct set of keys (a rolling cache holds other keys than a contiguous one)."""
+        if self.bias is None:
+            return {}
+        distinct = {id(sight): sight for sight in sights}
+        return {key: self.bias(s.q_positions, s.k_positions, like.dtype) for key, s in distinct.items()}
+
+
+def _sights(sight: Sight, cache: Cache | None, windows: list[int | None]) -> list[Sight]:
+    """What each layer sees: the sequence itself, or the cache's columns with the new tokens in them."""
+    if cache is None:
+        return [sight] * len(windows)
+    plain = cache.length == 0 and sight.k_real is None
+    uniform = cache.length is not None and sight.k_real is None
+    seen = cache.begin(sight.q_positions, sight.k_real)
+    views: dict[int | None, Sight] = {}
+    for window, k_positions in seen.items():
+        everything = uniform and k_positions.shape[1] == cache.length
+        views[window] = Sight(
+            sight.q_positions,
+            k_positions,
+            k_real=None if everything else k_positions >= 0,
+            plain=plain and everything,
+            latest=True,
+        )
+    return [views[window] for window, _ in cache.layers]

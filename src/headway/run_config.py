@@ -1,0 +1,344 @@
+"""What a run is: data, tokenizer, objective, model and training, from files, environment and command line.
+
+Precedence, lowest first: defaults, config files in order, environment (`HEADWAY__TRAIN__LR=0.01` is `train.lr`),
+command line (`train.lr=0.01`). The origin of every value is kept and shown by `--print-config`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from headway.config import Checked, Count, Frozen, ModelConfig, Positive, PositiveReal, Probability, as_tuple
+from headway.config_rules import Rule, nearest_multiples
+from headway.errors import ConfigError, InputError, nearest
+
+ENV_PREFIX = "HEADWAY__"
+Objective = Literal["causal-lm"]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+
+
+class Data(Frozen):
+    """Where the text comes from and how it is cut.
+
+    `context` is the length of a training window in tokens. `val_fraction` of the documents (chosen by hash) is held
+    out when there is no `valid_path`. `isolate` keeps packed documents from attending to each other.
+    """
+
+    path: str | None = None
+    valid_path: str | None = None
+    context: Positive | None = None
+    val_fraction: Share = 0.05
+    isolate: bool = True
+    encoding_errors: Literal["strict", "replace", "skip"] = "strict"
+    newline: Literal["keep", "lf"] = "keep"
+    skip_bad_rows: bool = False
+    max_bytes: Positive = 2**36
+
+
+class TokenizerConfig(Frozen):
+    """A tokenizer to train (`kind`, `vocab_size`) or to load (`path`). None means: chosen from data and budget."""
+
+    kind: Literal["bpe", "wordpiece", "unigram", "byte", "char"] | None = None
+    vocab_size: int | None = None
+    special_tokens: Names = ("<|endoftext|>",)
+    path: str | None = None
+
+
+class Train(Frozen):
+    """The optimization. None means: derived by the recipe and written into the resolved config.
+
+    `batch_size` is sequences per update, split into `accumulation` passes. `lr` is the peak rate of AdamW's groups
+    and `muon_lr` that of Muon's matrices. `warmup` counts steps; `schedule` wsd decays over its last `decay` share.
+    """
+
+    steps: Count | None = None
+    batch_size: Positive | None = None
+    accumulation: Positive = 1
+    optimizer: Literal["adamw", "muon"] = "muon"
+    lr: PositiveReal | None = None
+    muon_lr: PositiveReal | None = None
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup: Count | None = None
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: PositiveReal = 1e-8
+    clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    label_smoothing: Probability = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    eval_every: Positive | None = None
+    eval_windows: Positive = 64
+    checkpoint_every: Positive | None = None
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    early_stop: Positive | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_spike: Literal["warn", "skip"] = "warn"
+    sample_prompt: str = ""
+    sample_tokens: Count = 64
+    threads: Positive | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+
+
+RUN_RULES: tuple[Rule, ...] = (
+    Rule(
+        ("train.warmup", "train.steps"),
+        lambda r: r.train.warmup is not None and r.train.steps is not None and r.train.warmup > r.train.steps,
+        lambda r: f"{r.train.warmup} steps of warmup in a run of {r.train.steps}",
+        "warmup within the run",
+        lambda r: f"train.warmup={max(r.train.steps // 20, 0)}",
+    ),
+    Rule(
+        ("train.batch_size", "train.accumulation"),
+        lambda r: r.train.batch_size is not None and r.train.batch_size % r.train.accumulation != 0,
+        lambda r: f"batch of {r.train.batch_size} in {r.train.accumulation} passes",
+        "a batch that the passes divide",
+        lambda r: f"train.batch_size={nearest_multiples(r.train.batch_size, r.train.accumulation)}",
+    ),
+    Rule(
+        ("budget", "train.steps"),
+        lambda r: r.budget is not None and r.train.steps is not None,
+        lambda r: f"budget {r.budget} and {r.train.steps} steps both say when to stop",
+        "one of the two",
+        lambda r: "leave out train.steps",
+    ),
+    Rule(
+        ("tokenizer.path", "tokenizer.kind"),
+        lambda r: r.tokenizer.path is not None and r.tokenizer.kind is not None,
+        lambda r: f"a tokenizer to load ({r.tokenizer.path}) and one to train ({r.tokenizer.kind})",
+        "one of the two",
+        lambda r: "leave out tokenizer.kind",
+    ),
+    Rule(
+        ("model.depth", "model"),
+        lambda r: "depth" in r.model and bool(set(r.model) & {"d_model", "n_layers", "n_heads"}),
+        lambda r: "the dial model.depth and explicit sizes",
+        "the dial or the sizes",
+        lambda r: "leave out model.depth",
+    ),
+)
+
+
+class RunConfig(Checked):
+    """Everything that decides what a run does. `model` holds ModelConfig's fields, or the one dial `depth`."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    data: Data = Data()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    train: Train = Train()
+    objective: Objective = "causal-lm"
+    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] | None = None
+    output: str | None = None
+
+    rules: ClassVar = RUN_RULES
+
+    def check(self) -> None:
+        """The model's fields too, as far as they can be judged without the data."""
+        check_model_fields(self.model)
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """The time budget in seconds: `90s`, `3m`, `2h`."""
+        if self.budget is None:
+            return None
+        return float(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.budget[-1]]
+
+
+# Enough of a model for the fields that a user gave to be checked before data and tokenizer are known.
+_PROBE = {"d_model": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 2**40, "max_len": 8}
+
+
+def check_model_fields(fields: Mapping[str, object]) -> None:
+    """Check the `model.*` keys of a run long before the model can be built (its vocabulary is not known yet)."""
+    known = [*ModelConfig.model_fields, "depth"]
+    for key in fields:
+        if key not in known:
+            hint = nearest(key, known)
+            raise ConfigError(f"model.{key}", f"unknown key {key!r}{hint}", "" if hint else ", ".join(known))
+    depth = fields.get("depth")
+    if "depth" in fields and (type(depth) is not int or not 0 < depth <= 1024):
+        raise ConfigError("model.depth", f"{depth!r} ({type(depth).__name__})", "an integer from 1 to 1024")
+    given = {key: value for key, value in fields.items() if key != "depth"}
+    if "d_model" in given and "n_heads" not in given:
+        given["n_heads"] = 1
+    probe: dict[str, Any] = {**_PROBE, **({"vocab_size": 0} if given.get("kind") == "vision" else {}), **given}
+    try:
+        ModelConfig(**probe)
+    except ConfigError as error:
+        where = " and ".join(f"model.{name}" for name in error.where.split(" and "))
+        raise ConfigError(where, error.found, error.expected, error.fix) from None
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number (YAML 1.2) and a key may stand only once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+# YAML 1.1 reads `on`, `yes` and dates as non-strings; only true and false mean booleans here.
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in rows if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+    ]
+    for first, rows in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tfTF"))
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    text = str(node.value).replace("_", "")
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) and len(text) < 400 else float(text)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in out:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+        out[key] = loader.construct_object(value_node, deep=True)
+    return out
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    text = str(node.value).lower()
+    if text.lstrip("+-") in (".inf", ".nan"):
+        return float(text.replace(".", ""))
+    return _number(loader, node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+class Resolved(NamedTuple):
+    """A run config and, for each dotted key that somebody set, who did."""
+
+    run: RunConfig
+    origins: dict[str, str]
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML without tags, aliases to code, or duplicate keys. Raises ConfigError with the line."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"{where}{line}", f"not plain YAML: {problem}", "key: value lines without tags") from None
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Dotted key -> line number, for error messages."""
+    out: dict[str, int] = {}
+
+    def visit(node: yaml.Node | None, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = f"{path}.{key.value}" if path else str(key.value)
+                out[here] = key.start_mark.line + 1
+                visit(value, here)
+
+    visit(yaml.compose(text, _Loader), "")
+    return out
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict) and value:
+            out.update(flatten(value, here))
+        else:
+            out[here] = value
+    return out
+
+
+def put(tree: dict[str, Any], dotted: str, value: object) -> None:
+    """Set `a.b.c`; a scalar in the way is shorthand for its tag (`positions: rope` + `positions.theta`)."""
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        below = tree.get(name)
+        if isinstance(below, str):
+            below = {"type": below}
+        tree[name] = below if isinstance(below, dict) else {}
+        tree = tree[name]
+    tree[leaf] = value
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """`["train.lr=0.01"]` -> `{"train.lr": 0.01}`; values are YAML scalars, lists or maps."""
+    out: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", key):
+            raise ConfigError(word, "not an override", "dotted.key=value", "for example train.lr=0.01")
+        out[key.replace("-", "_")] = parse_yaml(value, key)
+    return out
+
+
+def load_run(
+    files: Iterable[Path] = (), overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> Resolved:
+    """Merge config files, environment and overrides into one checked RunConfig.
+
+    Raises:
+        ConfigError: unknown key (with the nearest name and, from a file, its line), wrong value, impossible pair.
+        InputError: a config file that cannot be read.
+    """
+    environment = os.environ if environment is None else environment
+    layers: list[tuple[str, dict[str, Any]]] = []
+    lines: dict[str, str] = {}
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(str(path), str(getattr(error, "strerror", None) or error), "a YAML file") from None
+        tree = parse_yaml(text, str(path)) or {}
+        if not isinstance(tree, dict):
+            raise ConfigError(str(path), f"a {type(tree).__name__}", "a mapping of keys to values")
+        layers.append((str(path), flatten(tree)))
+        lines.update({key: f"{path}, line {number}: " for key, number in _lines(text).items()})
+    env = [
+        f"{k[len(ENV_PREFIX) :].replace('__', '.').lower()}={v}"
+        for k, v in sorted(environment.items())
+        if k.startswith(ENV_PREFIX)
+    ]
+    layers += [("environment", parse_overrides(env)), ("command line", parse_overrides(overrides))]
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, values in layers:
+        for key, value in values.items():
+            put(merged, key, value)
+            origins[key] = origin
+    try:
+        return Resolved(RunConfig(**merged), origins)
+    except ConfigError as error:
+        where = error.where
+        if origins.get(where) not in ("environment", "command line") and where in lines:
+            where = lines[where] + where
+        raise ConfigError(where, error.found, error.expected, error.fix) from None
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML in declaration order, as written beside every result."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,296 @@
+"""Text to token ids and back: one class over the `tokenizers` library and its one file, tokenizer.json.
+
+User text is encoded with special tokens off: `<|endoftext|>` typed by a user becomes ordinary pieces, and only
+`control=True` or a control segment can produce a control id. Byte and character tokenizers are expressed in the
+same file but encoded by a table lookup in numpy. Long texts are cut as `headway.text.pieces` explains.
+Left out: the template that some files add around a text ([CLS] ... [SEP]); callers place control ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import tokenizers
+
+from headway import files
+from headway.errors import HeadwayError, InputError
+from headway.strict import check_unicode, dump_json, strict_json
+from headway.text.decoding import TokenBytes
+from headway.text.pieces import PIECE, WHOLE, pieces, safe_cuts
+from headway.text.spec import Kind, Spec, read_spec
+
+FILE = "tokenizer.json"
+MAX_FILE = 256 << 20
+_BATCH = 1 << 21  # characters given to the library at once: bounds the memory of its results
+Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+class Tokenizer:
+    """A tokenizer built from the parsed content of a tokenizer.json.
+
+    Attributes:
+        kind: bpe, wordpiece, unigram, byte, char or word (a WordLevel file).
+        vocab_size: one more than the highest id: the embedding rows a model needs.
+        bos_id, eos_id, pad_id, unk_id, mask_id: the tokens in these roles, or None.
+        special_ids: ids of all control tokens.
+
+    Raises:
+        InputError: on a tree that is not a usable tokenizer, naming `where` and the key.
+    """
+
+    def __init__(self, tree: object, where: str = "tokenizer", config: object = None) -> None:
+        spec = read_spec(tree, where, config)
+        self._where = where
+        self._json = dump_json(spec.tree)
+        self._hash = hashlib.sha256(dump_json(spec.tree, sort_keys=True).encode()).hexdigest()
+        self.kind: Kind = spec.kind
+        self.vocab_size = spec.vocab_size
+        roles = spec.roles
+        self.bos_id, self.eos_id, self.pad_id = roles.get("bos"), roles.get("eos"), roles.get("pad")
+        self.unk_id, self.mask_id = roles.get("unk"), roles.get("mask")
+        self._special = {token.content: token.id for token in spec.added if token.special}
+        self.special_ids = frozenset(self._special.values())
+        plain = _unreachable(spec, self.unk_id)
+        with library_errors(where):
+            self._plain = tokenizers.Tokenizer.from_str(self._json if plain is spec.tree else dump_json(plain))
+            self._plain.encode_special_tokens = True
+            decoder = self._plain.decoder
+        self._bytes = TokenBytes(spec, decoder)
+        self._cuts = safe_cuts(spec)
+        self._table = _character_table(spec) if self.kind == "char" else None
+        for token in spec.added if plain is spec.tree else ():
+            # The library numbers added tokens itself and only warns where the file says otherwise.
+            if self._plain.token_to_id(token.content) != token.id:
+                raise InputError(f"{where} added_tokens", f"{token.content[:80]!r} has a wrong id {token.id}", "no gap")
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "tokenizer") -> Tokenizer:
+        """Build from the text of a tokenizer.json. Raises InputError."""
+        return cls(strict_json(text, where), where)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, or a folder that holds one; tokenizer_config.json beside it gives roles.
+
+        Raises:
+            InputError: missing, cut, of wrong types or running unknown patterns; names file and key.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        tree = strict_json(files.read_bytes(file, MAX_FILE), str(file))
+        beside = file.with_name("tokenizer_config.json")
+        known = beside.is_file() and not _has_roles(tree)
+        return cls(tree, str(file), strict_json(files.read_bytes(beside, MAX_FILE), str(beside)) if known else None)
+
+    def save(self, path: str | Path) -> Path:
+        """Write tokenizer.json atomically; a path without the suffix .json is a folder. Raises MachineError."""
+        file = Path(path) if Path(path).suffix == ".json" else Path(path) / FILE
+        files.make_dir(file.parent)
+        files.atomic_write(file, self.to_json().encode())
+        return file
+
+    def to_json(self) -> str:
+        """The tokenizer.json text: equal before and after save and load."""
+        return self._json
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the tokenizer.json with sorted keys; two tokenizers with one hash encode alike."""
+        return self._hash
+
+    def special_id(self, content: str) -> int | None:
+        """The id of the control token with this text, or None."""
+        return self._special.get(content)
+
+    def encode(self, text: str, *, control: bool = False) -> list[int]:
+        """Token ids of one text.
+
+        Args:
+            text: any valid Unicode.
+            control: recognise special tokens in the text. Never for text that came from outside.
+
+        Raises:
+            InputError: `not valid Unicode` for lone surrogates; a character that a vocabulary without an
+                unknown token cannot express.
+        """
+        if control:
+            check_unicode(text, "text")
+            with library_errors(self._where):
+                return list(self._control.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many user texts, on all cores (TOKENIZERS_PARALLELISM=false for one). Raises InputError."""
+        if self.kind in ("byte", "char"):
+            return [self._direct(text).tolist() for text in texts]
+        results: list[list[int]] = [[] for _ in texts]
+        numbered = ((number, piece) for number, text in enumerate(texts) for piece in self._pieces(text))
+        for group in _grouped(numbered):
+            for (number, _), ids in zip(group, self._encode([piece for _, piece in group]), strict=True):
+                if results[number]:
+                    results[number].extend(ids)
+                else:
+                    results[number] = ids
+        return results
+
+    def encode_long(self, text: str) -> Iterator[Ids]:
+        """The ids of one user text of any length as int32 arrays, in order, in bounded memory.
+
+        Joined together they equal `encode(text)`. Raises InputError.
+        """
+        if self.kind in ("byte", "char"):
+            for start in range(0, len(text), _BATCH):
+                yield self._direct(text[start : start + _BATCH])
+            return
+        for group in _grouped((0, piece) for piece in self._pieces(text)):
+            for ids in self._encode([piece for _, piece in group]):
+                yield np.array(ids, dtype=np.int32)
+
+    def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of (text, is_control) segments: control tokens are recognised in control segments only.
+
+        Neighbours of one sort are joined first, so that a cut between two user segments leaves no trace.
+        """
+        ids: list[int] = []
+        for control, group in groupby(segments, key=lambda segment: segment[1]):
+            ids += self.encode("".join(text for text, _ in group), control=control)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of token ids; unfinished UTF-8 becomes U+FFFD, ids without a token add nothing.
+
+        Raises:
+            InputError: for a negative id.
+        """
+        kept = [number for number in ids if not (skip_special and number in self.special_ids)]
+        if self._bytes.by_table:
+            return b"".join(map(self._bytes.middle, kept)).decode(errors="replace")
+        if min(kept, default=0) < 0:
+            self._bytes.middle(min(kept))
+        return self._bytes.text(kept)
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = True) -> bytes:
+        """The exact bytes of token ids, unfinished characters included; a longer list only adds bytes."""
+        kept = [number for number in ids if not (skip_special and number in self.special_ids)]
+        return b"".join(self._bytes.middle(n) if place else self._bytes.first(n) for place, n in enumerate(kept))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds after another; a control token gives its name. Raises InputError."""
+        return self._bytes.middle(token_id)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary entry of an id as the file spells it, or None."""
+        inside = 0 <= token_id < self.vocab_size
+        return self._bytes.content[token_id] if inside else None
+
+    @cached_property
+    def _control(self) -> tokenizers.Tokenizer:
+        # Built when first asked for: most work encodes user text only, and a vocabulary is megabytes.
+        return tokenizers.Tokenizer.from_str(self._json)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        return pieces(text, self._cuts, PIECE if self._cuts else WHOLE)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            with library_errors(self._where):
+                encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        except InputError:
+            # PyO3 says only that a lone surrogate "must be str": look for it after the fact, not in every text.
+            for text in texts:
+                check_unicode(text, "text")
+            raise
+        return [encoding.ids for encoding in encoded]
+
+    def _direct(self, text: str) -> Ids:
+        """Byte and character tokenizers: one id per byte or character by table, without the library."""
+        try:
+            if self._table is None:
+                return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+            points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            return cast("Ids", self._table[np.minimum(points, len(self._table) - 1)])
+        except UnicodeEncodeError:
+            check_unicode(text, "text")
+            raise
+
+
+def _grouped(numbered: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Groups of about _BATCH characters."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for item in numbered:
+        group.append(item)
+        size += len(item[1])
+        if size >= _BATCH:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _character_table(spec: Spec) -> Ids:
+    """Code point -> id, one row longer than the highest code point; unknown characters give the unk id."""
+    specials = {token.content for token in spec.added}
+    base = {ord(piece): number for piece, number in spec.vocab.items() if piece not in specials}
+    table = np.full(max(base, default=0) + 2, spec.roles["unk"], dtype=np.int32)
+    for point, number in base.items():
+        table[point] = number
+    return table
+
+
+def _unreachable(spec: Spec, unk_id: int | None) -> dict[str, object]:
+    """The tree for user text, in which no text can spell a control token.
+
+    Switching special tokens off leaves them in the model's own vocabulary, where Unigram, WordPiece and WordLevel
+    find them as ordinary entries. There they are renamed to what nobody can type. Returns `spec.tree` itself where
+    no control token can be reached.
+    """
+    names = {
+        token.content: f"\ufdd0{secrets.token_hex(16)}"
+        for token in spec.added
+        if token.special and token.id != unk_id and token.content in spec.vocab
+    }
+    model = dict(spec.model)
+    if isinstance(model.get("merges"), list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in cast("list[str]", model["merges"])]
+        kept = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
+        single = any(len(name) == 1 for name in names)
+        if len(kept) == len(pairs) and not single and not model.get("ignore_merges"):
+            return spec.tree
+        model["merges"] = kept
+    if not names:
+        return spec.tree
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    else:
+        model["vocab"] = {names.get(piece, piece): number for piece, number in spec.vocab.items()}
+    entries = cast("list[dict[str, object]]", spec.tree["added_tokens"])
+    added = [{**entry, "content": names.get(str(entry["content"]), entry["content"])} for entry in entries]
+    return {**spec.tree, "model": model, "added_tokens": added, "post_processor": None}
+
+
+def _has_roles(tree: object) -> bool:
+    entries = tree.get("added_tokens") if isinstance(tree, dict) else None
+    return isinstance(entries, list) and any(isinstance(entry, dict) and "roles" in entry for entry in entries)
+
+
+@contextmanager
+def library_errors(where: str) -> Iterator[None]:
+    """Turns a failure or a panic inside the Rust library into an InputError that names the file."""
+    try:
+        yield
+    except HeadwayError:
+        raise
+    except BaseException as error:
+        # A Rust panic is no Exception, so that nobody swallows it by accident; its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(where, f"the tokenizers library refuses it: {str(error)[:200]}", "a tokenizer.json") from error

@@ -1,0 +1,435 @@
+"""The one training loop: every kind of model, every objective.
+
+    batch --> passes --> gradients --> finite? spike? --> clip --> update --> event
+      ^                                                              |
+      +------ every so often: evaluate, save; a signal: save, stop --+
+
+An update sees one batch in `accumulation` passes, each pass weighted by its share of the supervised tokens, so the
+gradient is that of the mean loss per token of the whole batch, however it is cut. A step costs one look at the
+device (loss and gradient norm together) beyond the mathematics. The loop decides by step numbers alone, never by
+the clock, so that a run is the same whenever it is interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headway import files
+from headway.checkpoints.folder import (
+    Found,
+    checkpoint_path,
+    clean_temporary,
+    list_checkpoints,
+    newest_good,
+    save_checkpoint,
+)
+from headway.errors import ConfigError, DivergedError, InputError, Interrupted, MachineError
+from headway.nn import Transformer
+from headway.run_config import Train
+from headway.training import guards
+from headway.training.evaluate import Evaluation, evaluate, resting, to_device
+from headway.training.events import (
+    CheckpointEvent,
+    EvalEvent,
+    Event,
+    Listener,
+    ResumeEvent,
+    StepEvent,
+    WarningEvent,
+    number,
+)
+from headway.training.metrics import METRICS, MetricsLog
+from headway.training.objectives import BatchSource, TrainingBatch, count_supervised
+from headway.training.optimizers import make_optimizer
+from headway.training.plot import write_loss_curve
+from headway.training.resume import Optimizer, Progress, RunState
+from headway.training.schedules import scale
+from headway.training.signals import StopSignals
+from headway.training.throughput import Meter, memory_reader
+
+Resume = Literal["never", "auto", "must"]
+_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Below this rate weights of usual size need not change in float32, and the check against saving twice the same
+# weights (S10) would accuse an honest run.
+_MOVING_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `stopped` early: evaluations no longer improved. `loss` is the last evaluation's."""
+
+    step: int
+    stopped: Literal["done", "early"]
+    evaluation: Evaluation | None
+    best_step: int | None
+    tokens: int
+    skipped: int
+    spikes: int
+    seconds: float
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the composing layer injects; training imports neither a display nor generation.
+
+    Attributes:
+        listener: gets every event. One whose output is closed (`| head`) is dropped, and training goes on.
+        sample: text from the model at this moment, shown with an evaluation; the random state is put back after.
+        flops_per_token: forward and backward, from the cost model.
+        peak_flops: FLOPs per second that this machine was measured to reach.
+    """
+
+    listener: Listener | None = None
+    sample: Callable[[], str] | None = None
+    flops_per_token: float | None = None
+    peak_flops: float | None = None
+
+
+@dataclass
+class Trainer:
+    """Trains a model in a run folder.
+
+    Attributes:
+        model: on its device already; it is trained in place.
+        source: the batches, each of `train.batch_size` rows.
+        train: with `steps` and the rates set; `eval_every` or `checkpoint_every` None means: at the end only.
+        folder: the run folder; the caller holds its files.RunLock.
+        valid: starts a pass over the evaluation batches.
+        config: the whole resolved config as JSON values; a resume compares it. Default: train and model.
+        hooks: listener, sampler, and what throughput is measured against.
+        optimizer: default optimizers.make_optimizer.
+    """
+
+    model: Transformer
+    source: BatchSource
+    train: Train
+    folder: Path
+    valid: Callable[[], Iterable[TrainingBatch]] | None = None
+    config: Mapping[str, object] | None = None
+    hooks: Hooks = field(default_factory=Hooks)
+    optimizer: Optimizer | None = None
+
+    def __post_init__(self) -> None:
+        if self.train.steps is None:
+            raise ConfigError("train.steps", "not set", "a number of updates", "train.steps=1000")
+        self.steps = self.train.steps
+        self.device = next(self.model.parameters()).device
+        self.model.head.smoothing = self.train.label_smoothing
+        dtype = _DTYPES[self.train.dtype]
+        self._precision: Callable[[], contextlib.AbstractContextManager[object]] = (
+            contextlib.nullcontext if dtype is torch.float32 else partial(torch.autocast, self.device.type, dtype=dtype)
+        )
+        self._updater = self.optimizer or make_optimizer(self.model, self.model.config, self.train)
+        plain = {"train": self.train.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
+        self._state = RunState(
+            self.model, self._updater, self.config or plain, self.source.identity, dtype, self.device
+        )
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.progress = Progress(scale=guards.LossScale.for_dtype(dtype))
+        self._listener = self.hooks.listener
+        self._log = MetricsLog(self.folder / METRICS, partial(self._warn, "metrics"))
+        self._meter = Meter(self.hooks.flops_per_token, self.hooks.peak_flops, memory_reader(self.device))
+        self._saved: tuple[int, int] | None = None  # (step, evaluated) of the newest checkpoint
+        self._evaluation: Evaluation | None = None
+        self._length = 0  # positions per row of the last batch, for the estimate when memory runs out
+
+    # --- a run from start to end ---------------------------------------------------------------------------------
+
+    def fit(self, resume: Resume = "never", override: bool = False) -> Result:
+        """Train to the last step, or until evaluations stop improving, and save.
+
+        Args:
+            resume: `never` begins at step 0 in a folder without checkpoints; `must` goes on from the newest
+                checkpoint that verifies; `auto` does that where there is one and says so where there is none.
+            override: allow the changes of config that resume.OVERRIDABLE lists.
+
+        Raises:
+            ConfigError: resumed with another config. InputError: with other data, or nothing to resume.
+            MachineError: the folder cannot be written (before the first step), or memory runs out.
+            DivergedError: a loss or gradient is not finite, or too many updates in a row were thrown away.
+            Interrupted: a signal; the run is saved.
+        """
+        began = time.monotonic()
+        with StopSignals(self._what_stands) as signals:
+            self._begin(resume, override)
+            self.model.train()
+            try:
+                self._loop(signals)
+            except DivergedError as error:
+                self._warn("diverged", str(error))
+                raise
+            finally:
+                self._log.flush()
+                if signals.caught is None or self._is_saved():
+                    self._draw()
+        p = self.progress
+        early = p.step < self.steps
+        return Result(
+            step=p.step,
+            stopped="early" if early else "done",
+            evaluation=self._evaluation,
+            best_step=p.best_step,
+            tokens=p.tokens,
+            skipped=p.skipped,
+            spikes=p.spikes,
+            seconds=time.monotonic() - began,
+            checkpoint=checkpoint_path(self.folder, p.step),
+        )
+
+    def _loop(self, signals: StopSignals) -> None:
+        p = self.progress
+        while True:
+            if self._evaluation_due():
+                with self._naming_memory():
+                    self._evaluate(signals)
+            is_over = p.step >= self.steps or self._is_stale()
+            if is_over or self._save_due():
+                self._save()
+            if is_over:
+                return
+            if signals.caught is not None:
+                self._save()
+                name = f"signal {signals.caught}"
+                found = f"stopped after step {p.step} of {self.steps}, saved in {self._what_stands()}"
+                raise Interrupted(signals.caught, name, found, "--resume goes on from there")
+            with self._naming_memory():
+                self._update()
+
+    def _begin(self, resume: Resume, override: bool) -> None:
+        """Look before the leap: a folder that can be written, and the state to start from."""
+        weights = sum(p.numel() * p.element_size() for p in self._parameters)
+        files.check_writable(self.folder, need=3 * weights)
+        for orphan in clean_temporary(self.folder):
+            self._warn("orphan", f"removed {orphan.name}, left unfinished by a killed run")
+        found = self._find(resume)
+        if found is None:
+            torch.manual_seed(self.train.seed)
+            return
+        for reason in found.rejected:
+            self._warn("rejected", f"passed over a broken checkpoint: {reason}")
+        self.progress, said = self._state.restore(found, override)
+        self._saved = (self.progress.step, self.progress.evaluated)
+        self._emit(ResumeEvent(self.progress.step, found.path))
+        for line in said:
+            self._warn("resume", line)
+
+    def _find(self, resume: Resume) -> Found | None:
+        if resume == "never":
+            there = list_checkpoints(self.folder)
+            if there:
+                found = f"holds checkpoints up to step {there[-1][0]}"
+                raise MachineError(str(self.folder), found, "a new run folder", "--resume, or another --output")
+            return None
+        try:
+            return newest_good(self.folder)
+        except InputError as error:
+            if resume == "must":
+                raise
+            self._warn("fresh", f"nothing to resume, starting at step 0 ({error.found})")
+            return None
+
+    # --- one update ----------------------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        p = self.progress
+        batch = self.source.batch(p.step)
+        tokens, loss, norm = self._gradients(batch)
+        rate = scale(p.step, self.train)
+        applied = tokens > 0 and self._judge(loss, norm, batch)
+        if applied:
+            self._apply(norm, rate)
+            p.moved |= rate * max(self.train.lr or 1.0, self.train.muon_lr or 0.0) > _MOVING_RATE
+        else:
+            p.skipped += 1
+        self._updater.zero_grad()
+        p.step += 1
+        p.tokens += tokens
+        self._meter.add(tokens)
+        self._emit(
+            StepEvent(
+                p.step,
+                number(loss) if tokens else None,
+                rate * (self.train.lr or 0.0),
+                number(norm) if tokens else None,
+                tokens,
+                self._meter.tokens_per_second,
+                self._meter.share_of_peak,
+                self._meter.memory,
+                self._meter.eta(self.steps - p.step),
+                applied,
+            )
+        )
+
+    def _gradients(self, batch: TrainingBatch) -> tuple[int, float, float]:
+        """(supervised tokens, mean loss, gradient norm); gradients are left scaled by the loss scale."""
+        passes = batch.split(self.train.accumulation)
+        self._length = batch.inputs["input_ids"].shape[1] if "input_ids" in batch.inputs else 0
+        counts = [count_supervised(inputs) for inputs in passes]
+        tokens = sum(counts)
+        if not tokens:
+            return 0, 0.0, 0.0
+        total: Tensor | None = None
+        for inputs, count in zip(passes, counts, strict=True):
+            if not count:
+                continue
+            with self._precision():
+                output = self.model(**to_device(inputs, self.device))
+            share = output.loss * (count / tokens)
+            (share if self.progress.scale.fixed else share * self.progress.scale.value).backward()
+            total = share.detach() if total is None else total + share.detach()
+        norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        assert total is not None
+        loss, length = torch.stack((total.to(norm), norm)).tolist()  # the step's one wait for the device
+        return tokens, loss, length / self.progress.scale.value
+
+    def _judge(self, loss: float, norm: float, batch: TrainingBatch) -> bool:
+        """Whether the update may be made. Raises DivergedError if the run must not go on."""
+        p = self.progress
+        if math.isfinite(loss) and math.isfinite(norm):
+            p.streak = 0
+            limit = p.watch.see(loss)
+            if limit is None:
+                return True
+            p.spikes += 1
+            skips = self.train.on_spike == "skip"
+            text = f"loss {loss:.4g} above {limit:.4g}, six sigma over its recent mean"
+            self._warn("spike", text + (": update skipped" if skips else ""), p.step + 1)
+            return not skips
+        p.streak += 1
+        what = guards.describe_nonfinite(loss, norm, batch.sample_ids)
+        if p.scale.fixed and self.train.on_nonfinite == "stop":
+            fix = "a lower train.lr, or --resume --override train.on_nonfinite=skip"
+            found = f"{what}; the weights are those of step {p.step}, {self._what_stands()}"
+            raise DivergedError(f"step {p.step + 1}", found, "finite numbers", fix)
+        if p.streak >= guards.STREAK:
+            found = f"{p.streak} updates in a row skipped, {p.skipped + 1} in all: {what}; {self._what_stands()}"
+            raise DivergedError(f"step {p.step + 1}", found, "finite numbers", "a lower train.lr, or another dtype")
+        kind = "nonfinite" if p.scale.fixed else "overflow"
+        p.scale.overflowed()
+        self._warn(kind, f"update skipped: {what}", p.step + 1)
+        return False
+
+    def _apply(self, norm: float, rate: float) -> None:
+        p = self.progress
+        factor = 1.0 / p.scale.value
+        if self.train.clip and norm > self.train.clip:
+            factor *= self.train.clip / norm
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)
+        self._updater.step(rate)
+        p.scale.held()
+
+    @contextlib.contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        """Out of memory becomes one sentence (R3). Nothing is saved: the update may be half made."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not guards.is_out_of_memory(error):
+                raise
+            rows, passes = self.train.batch_size or 1, self.train.accumulation
+            length = self._length or self.model.config.max_len
+            estimate = guards.estimate_memory(self.model.config, self._parameters, -(-rows // passes), length)
+            raise guards.out_of_memory(self.progress.step + 1, estimate, rows, passes) from error
+
+    # --- between updates -----------------------------------------------------------------------------------------
+
+    def _evaluation_due(self) -> bool:
+        p, every = self.progress, self.train.eval_every
+        if self.valid is None or p.evaluated == p.step:
+            return False
+        return p.step == self.steps or (every is not None and p.step > 0 and p.step % every == 0)
+
+    def _save_due(self) -> bool:
+        p, every = self.progress, self.train.checkpoint_every
+        keeps_best = self.train.early_stop is not None and p.best_step == p.step
+        return keeps_best or (every is not None and p.step > 0 and p.step % every == 0)
+
+    def _is_stale(self) -> bool:
+        return self.train.early_stop is not None and self.progress.stale >= self.train.early_stop
+
+    def _evaluate(self, signals: StopSignals) -> None:
+        assert self.valid is not None
+        p = self.progress
+        found = evaluate(self.model, self.valid(), self.device, self._precision, lambda: signals.caught is not None)
+        if found is None:
+            return
+        loss = number(found.loss)
+        is_best = loss is not None and (p.best_loss is None or loss < p.best_loss)
+        if is_best:
+            p.best_loss, p.best_step, p.stale = loss, p.step, 0
+        else:
+            p.stale += 1
+        p.evaluated, self._evaluation = p.step, found
+        text = None
+        if self.hooks.sample is not None:
+            with resting(self.model, self.device):
+                text = self.hooks.sample()
+        self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text))
+        self._meter.restart()
+
+    def _is_saved(self) -> bool:
+        return self._saved == (self.progress.step, self.progress.evaluated)
+
+    def _save(self) -> None:
+        """Save unless this very state stands already. A step that was saved before its evaluation is replaced."""
+        p = self.progress
+        if self._is_saved():
+            return
+        guards.check_finite_weights(self.model, p.step)
+        began = time.monotonic()
+        tensors, others, meta = self._state.capture(p)
+        protected = [p.best_step] if self.train.early_stop is not None and p.best_step is not None else []
+        path = save_checkpoint(
+            self.folder,
+            p.step,
+            tensors,
+            meta,
+            others=others,
+            keep=self.train.keep_checkpoints,
+            protect=protected,
+            moved=p.moved,
+            overwrite=self._saved is not None and self._saved[0] == p.step,
+        )
+        self._saved, p.moved = (p.step, p.evaluated), False
+        self._emit(CheckpointEvent(p.step, path, time.monotonic() - began))
+        self._log.flush()
+        self._meter.restart()
+
+    def _what_stands(self) -> str:
+        if self._saved is None:
+            return "no checkpoint yet"
+        return f"checkpoint {checkpoint_path(self.folder, self._saved[0])}"
+
+    def _draw(self) -> None:
+        try:
+            write_loss_curve(self.folder)
+        except (MachineError, InputError) as error:
+            self._warn("plot", f"no loss curve: {error}")
+
+    def _warn(self, kind: str, text: str, step: int | None = None) -> None:
+        self._emit(WarningEvent(self.progress.step if step is None else step, kind, text))
+
+    def _emit(self, event: Event) -> None:
+        self._log.add(event)
+        if self._listener is None:
+            return
+        try:
+            self._listener(event)
+        except (BrokenPipeError, ValueError) as error:
+            if isinstance(error, ValueError) and "closed file" not in str(error):
+                raise
+            self._listener = None  # `headway train ... | head`: the reader has gone, the run has not
+            self._warn("display", "the output was closed; training goes on without a display")

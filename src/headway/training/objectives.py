@@ -1,0 +1,169 @@
+"""What a model is trained on: batches of inputs, targets and a loss mask, addressed by number.
+
+An objective is (example -> inputs, targets, loss mask) plus a loss. The loss is the model's own head (nn/heads.py)
+and the mask is the label -100; what differs between causal language modelling, masked language modelling,
+translation and image classification is therefore only how a batch is made. The loop sees a `BatchSource` and
+nothing else, so every kind of model goes through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway.data.batches import Batch, PackedBatches, evaluation_batches
+from headway.data.store import TokenStore
+from headway.errors import BugError, InputError
+
+IGNORED = -100
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """One update's worth of rows.
+
+    Attributes:
+        inputs: the model's keyword arguments, `labels` among them; every tensor has the rows as its first size,
+            and all have the same number of them.
+        sample_ids: a number per row by which a bad example can be found again.
+        bytes: bytes of text that the supervised labels stand for; None where that has no meaning.
+    """
+
+    inputs: Mapping[str, Tensor]
+    sample_ids: Sequence[int]
+    bytes: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Supervised labels: those that are not -100."""
+        return count_supervised(self.inputs)
+
+    def split(self, parts: int) -> list[dict[str, Tensor]]:
+        """The inputs in `parts` passes of nearly equal numbers of rows; fewer passes if there are fewer rows."""
+        rows = len(self.inputs["labels"])
+        if not rows or any(len(tensor) != rows for tensor in self.inputs.values()):
+            sizes = {name: len(tensor) for name, tensor in self.inputs.items()}
+            raise BugError("batch", f"rows {sizes}", "at least one row, and the same number in every tensor")
+        cut = {name: tensor.tensor_split(min(parts, rows)) for name, tensor in self.inputs.items()}
+        return [dict(zip(cut, pieces, strict=True)) for pieces in zip(*cut.values(), strict=True)]
+
+
+def count_supervised(inputs: Mapping[str, Tensor]) -> int:
+    """How many labels count towards the loss."""
+    return int((inputs["labels"] != IGNORED).sum())
+
+
+class BatchSource(Protocol):
+    """An endless stream of batches in which every batch is a pure function of its number.
+
+    That makes resuming instant and exact: the stream's whole state is one integer. `identity` names by hash what
+    the batches depend on ({"data": ..., "tokenizer": ...}); a run resumes only on the same identity.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Hashes of what the batches are made of."""
+
+    def batch(self, cursor: int) -> TrainingBatch:
+        """Batch number `cursor` >= 0."""
+
+
+class CausalLM:
+    """Next-token prediction on packed windows of text.
+
+    Args:
+        batches: the windows.
+        tokenizer_hash: recorded beside the store's hash.
+    """
+
+    def __init__(self, batches: PackedBatches, tokenizer_hash: str) -> None:
+        self._batches = batches
+        self.identity: Mapping[str, str] = {"data": batches.store.hash, "tokenizer": tokenizer_hash}
+
+    def batch(self, cursor: int) -> TrainingBatch:
+        """Batch number `cursor`."""
+        return _causal(self._batches.batch(cursor), None)
+
+
+def causal_evaluation(
+    store: TokenStore,
+    context: int,
+    batch_size: int,
+    limit: int | None = None,
+    *,
+    isolate: bool = True,
+    token_bytes: Tensor | None = None,
+) -> Iterator[TrainingBatch]:
+    """The same windows of a store every time, for evaluation; see data.evaluation_batches.
+
+    `token_bytes` (V,) int64 gives each token's bytes of text, so that the bytes of just these windows are known.
+    """
+    for batch in evaluation_batches(store, context, batch_size, limit, isolate):
+        yield _causal(batch, token_bytes)
+
+
+def _causal(batch: Batch, token_bytes: Tensor | None) -> TrainingBatch:
+    inputs = {"input_ids": batch.input_ids, "labels": batch.labels}
+    if batch.documents is not None:
+        inputs["documents"] = batch.documents
+    size = None
+    if token_bytes is not None:
+        size = int(token_bytes[batch.labels[batch.labels != IGNORED]].sum())
+    return TrainingBatch(inputs, batch.sample_ids, size)
+
+
+class ShuffledExamples(Generic[Example]):
+    """Batches of any examples: each epoch in a fresh order, every example once per epoch.
+
+    Args:
+        examples: the data, in memory or mapped.
+        collate: makes the model's keyword arguments of a list of examples; its generator is the only randomness
+            it may use (masking, augmentation), and is the same whenever the same batch is made again.
+        batch_size: rows per batch.
+        seed: another seed, another order.
+        identity: hashes of the examples, for resuming.
+
+    Raises InputError if there are no examples.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        collate: Callable[[list[Example], np.random.Generator], Mapping[str, Tensor]],
+        batch_size: int,
+        seed: int,
+        identity: Mapping[str, str],
+    ) -> None:
+        if not len(examples):
+            raise InputError("data", "0 examples", "at least one")
+        self._examples, self._collate, self._size, self._seed = examples, collate, batch_size, seed
+        self.identity = identity
+        self._orders: dict[int, list[int]] = {}
+
+    def batch(self, cursor: int) -> TrainingBatch:
+        """Batch number `cursor`; it may span two epochs."""
+        places = range(cursor * self._size, (cursor + 1) * self._size)
+        ids = [self._order(place // len(self._examples))[place % len(self._examples)] for place in places]
+        inputs = self._collate([self._examples[number] for number in ids], self._generator(1, cursor))
+        return TrainingBatch(inputs, ids)
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = self._generator(0, epoch).permutation(len(self._examples)).tolist()
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+        return self._orders[epoch]
+
+    def _generator(self, use: int, number: int) -> np.random.Generator:
+        """Philox is counter-based: a key of (seed, use and number) gives an independent stream each."""
+        return np.random.Generator(np.random.Philox(key=[self._seed, (number << 1) | use]))
+
+
+def token_byte_lengths(pieces: Iterable[bytes]) -> Tensor:
+    """(V,) int64 from the bytes of each token in the order of ids; pass b"" for special tokens."""
+    return torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)

@@ -1,0 +1,205 @@
+"""The recipe: from one dial, the data and a time budget to every number of a run.
+
+What a user leaves open is chosen here, once, before the run, and written into its config; nothing is adapted later,
+so a run can be repeated and resumed exactly. The rows that justify each choice are in docs/recipe.md.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from headway.config import ModelConfig
+from headway.machine import Probe
+from headway.nn import Transformer
+from headway.run_config import RunConfig, Train
+from headway.training.optimizers import make_optimizer
+
+# The shape of every model that the recipe builds; a user's fields are laid over it.
+ARCHITECTURE: Mapping[str, Any] = {
+    "kind": "decoder",
+    "norm": {"type": "rmsnorm"},  # arXiv:1910.07467
+    "positions": {"type": "rope", "layout": "interleaved"},  # arXiv:2104.09864; this layout is one complex product
+    "attention": {"qk_norm": "rmsnorm"},  # arXiv:2302.05442: bounded scores allow high rates
+    "feed_forward": {"activation": "relu2"},  # arXiv:2109.08668: as good as SwiGLU here, and cheaper
+    "init": {"std": None, "residual": "zero"},  # every block begins as the identity
+}
+WIDTH_PER_LAYER = 64  # d_model = 64 depth, heads of 64: 6 layers of 384, 12 of 768
+DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
+# Rates at d_model 128. Tables (embedding, head) see sparse gradients, so their rate falls with the square root of the
+# width; Muon's update has a fixed length per direction, so its rate does not depend on the width.
+TABLE_RATE, ADAMW_RATE, MUON_RATE = 0.04, 0.004, 0.03
+DEFAULT_BUDGET = "3m"
+SHARE_FOR_STEPS = 0.9  # of the budget; the rest is for evaluation, samples and checkpoints
+PASSES = 8  # over the data, after which more of them teach a small model little
+TRIAL_STEPS = 4
+# Measured, not taken from the scaling laws of long runs: with Muon and minutes of training the optimum lies at fewer
+# tokens per parameter than Chinchilla's 20 (arXiv:2203.15556). See docs/recipe.md.
+TOKENS_PER_PARAMETER = 2.0
+
+Clock = Callable[[ModelConfig, Train, int], float]
+
+
+def resolve(
+    run: RunConfig, vocab_size: int, train_tokens: int, probe: Probe | None, clock: Clock | None = None
+) -> tuple[ModelConfig, RunConfig]:
+    """Fill in every open number of a run.
+
+    Args:
+        run: what the user said. vocab_size: of the tokenizer. train_tokens: tokens in the training split.
+        probe: the machine's measured limits (headway.machine), None to judge from trial steps alone.
+        clock: seconds per training step of a model; default `time_step`, which runs a few real steps.
+
+    Returns:
+        The model, and the run with no None left among steps, batch size, rates, warmup and intervals.
+    """
+    clock = clock or time_step
+    if run.train.steps is not None or run.budget is not None:
+        budget = run.budget_seconds
+    else:
+        run = run.model_copy(update={"budget": DEFAULT_BUDGET})
+        budget = run.budget_seconds
+    context = run.data.context or _context(train_tokens)
+    model = _model(run, vocab_size, context, train_tokens, budget, _rate(probe))
+    batch = run.train.batch_size or _batch_size(
+        _expected_tokens(run, model, context, train_tokens, budget, probe), context
+    )
+    batch = -(-batch // run.train.accumulation) * run.train.accumulation
+    train = _rates(run.train.model_copy(update={"batch_size": batch}), model)
+    if train.steps is None:
+        assert budget is not None
+        seconds = clock(model, train, context)
+        affordable = int(budget * SHARE_FOR_STEPS / seconds)
+        useful = math.ceil(PASSES * train_tokens / (batch * context))
+        train = train.model_copy(update={"steps": max(min(affordable, useful), 1)})
+    train = _intervals(train)
+    data = run.data.model_copy(update={"context": context})
+    fields = model.model_dump(mode="json")
+    return model, run.model_copy(update={"model": fields, "train": train, "data": data})
+
+
+def _context(train_tokens: int) -> int:
+    """A power of two up to 256 of which the data has at least 64."""
+    return max(8, min(256, 1 << int(math.log2(max(train_tokens // 64, 8)))))
+
+
+def _rate(probe: Probe | None) -> float:
+    """Multiply-add rate in FLOP/s that training can expect: 60 % of the measured GEMM peak."""
+    return 0.6 * probe.peak() if probe is not None else 5e10
+
+
+def _model(
+    run: RunConfig, vocab_size: int, context: int, train_tokens: int, budget: float | None, rate: float
+) -> ModelConfig:
+    given = dict(run.model)
+    depth = given.pop("depth", None)
+    if "d_model" not in given and "n_layers" not in given and depth is None:
+        depth = 4 if budget is None else _depth(vocab_size, context, train_tokens, budget * rate)
+    sizes: dict[str, Any] = {}
+    if depth is not None:
+        sizes = {"d_model": WIDTH_PER_LAYER * depth, "n_layers": depth, "n_heads": max(depth, 1)}
+    elif "d_model" in given:
+        sizes = {"n_layers": max(1, round(given["d_model"] / WIDTH_PER_LAYER)), "n_heads": _heads(given["d_model"])}
+    else:
+        width = WIDTH_PER_LAYER * given["n_layers"]
+        sizes = {"d_model": width, "n_heads": _heads(width)}
+    fields = {"vocab_size": vocab_size, "max_len": context}
+    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, **fields}), given))
+
+
+def _heads(width: int) -> int:
+    """Heads of 64, or the largest power of two below that divides the width."""
+    size = 64
+    while size > 1 and width % size:
+        size //= 2
+    return max(width // size, 1)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's fields over the recipe's; a different `type`, or a plain name, replaces the whole choice."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        same = (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("type", old.get("type")) == old.get("type")
+        )
+        out[key] = {**old, **value} if same and isinstance(old, Mapping) else value
+    return out
+
+
+def _depth(vocab_size: int, context: int, train_tokens: int, flops: float) -> int:
+    """The deepest model that still sees TOKENS_PER_PARAMETER tokens per parameter in the budget."""
+    best = DEPTHS[0]
+    for depth in DEPTHS:
+        width = WIDTH_PER_LAYER * depth
+        matrices = 12 * depth * width**2 + vocab_size * width
+        tokens = min(flops / (6 * matrices), PASSES * train_tokens)
+        if tokens >= TOKENS_PER_PARAMETER * matrices:
+            best = depth
+    return best
+
+
+def _expected_tokens(
+    run: RunConfig, model: ModelConfig, context: int, train_tokens: int, budget: float | None, probe: Probe | None
+) -> float:
+    """Tokens that the run will see, before its speed is measured."""
+    if run.train.steps is not None or budget is None:
+        return float((run.train.steps or 1) * 16 * context)
+    matrices = model.n_layers * (2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.d_head)
+    matrices += model.n_layers * 2 * model.d_model * model.d_ff + model.d_model * model.vocab_size
+    return min(budget * _rate(probe) / (6 * matrices), PASSES * train_tokens)
+
+
+def _batch_size(tokens: float, context: int) -> int:
+    """Sequences per update: about 2 sqrt(D) tokens for a run of D, the growth of the critical batch
+    (arXiv:1812.06162, arXiv:2410.21676), as a power of two."""
+    return max(4, 1 << round(math.log2(max(2 * math.sqrt(tokens) / context, 1))))
+
+
+def _rates(train: Train, model: ModelConfig) -> Train:
+    base = TABLE_RATE if train.optimizer == "muon" else ADAMW_RATE
+    lr = train.lr or base * math.sqrt(128 / model.d_model)
+    return train.model_copy(update={"lr": lr, "muon_lr": train.muon_lr or MUON_RATE})
+
+
+def _intervals(train: Train) -> Train:
+    """Warmup of 2 % (at least 10 steps, at most a quarter), ten evaluations, four checkpoints."""
+    steps = train.steps or 1
+    warmup = train.warmup if train.warmup is not None else min(max(10, steps // 50), steps // 4)
+    return train.model_copy(
+        update={
+            "warmup": warmup,
+            "eval_every": train.eval_every or max(1, steps // 10),
+            "checkpoint_every": train.checkpoint_every or max(1, steps // 4),
+        }
+    )
+
+
+def time_step(config: ModelConfig, train: Train, context: int) -> float:
+    """Seconds per update of a fresh model on random tokens: the median of a few steps, after one to warm up.
+
+    The generator's state is put back, so the run that follows is the one its seed names.
+    """
+    state = torch.get_rng_state()
+    model = Transformer(config)
+    optimizer = make_optimizer(model, config, train)
+    rows = (train.batch_size or 1) // train.accumulation
+    ids = torch.randint(config.vocab_size, (rows, context))
+    seconds = []
+    for _ in range(TRIAL_STEPS):
+        begin = time.perf_counter()
+        for _ in range(train.accumulation):
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(0.0)
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - begin)
+    torch.set_rng_state(state)
+    return sorted(seconds[1:])[len(seconds[1:]) // 2]

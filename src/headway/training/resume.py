@@ -1,0 +1,226 @@
+"""The state of a run as files, and the checks before a run goes on from them.
+
+    step-00000100/model.safetensors       weights
+    step-00000100/optimizer.safetensors   the optimizer's tensors and the random generators' states
+    step-00000100/state.json              where those belong, the progress, the config, the data's identity
+
+Everything that the next step depends on is here, and the data cursor is one number, so that resuming replays
+nothing and k + (2k - k) steps give the bytes of 2k steps (R7). What differs from the saved run is refused,
+allowed on demand, or reported, by `RULES` below (R9, R10, R11).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from headway import files
+from headway.checkpoints.folder import WEIGHTS, Found
+from headway.checkpoints.state import flatten_state, unflatten_state
+from headway.checkpoints.tensors import read_tensors
+from headway.errors import ConfigError, InputError
+from headway.strict import dump_json, strict_json
+from headway.training.guards import LossScale, SpikeWatch
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+# Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
+FREE = {"output", "data.path", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
+# Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
+OVERRIDABLE = {"budget", "data.valid_path"} | {
+    f"train.{name}"
+    for name in (
+        *("steps", "warmup", "schedule", "decay", "final_lr", "lr", "muon_lr", "weight_decay", "clip", "accumulation"),
+        *("eval_every", "eval_windows", "checkpoint_every", "keep_checkpoints", "early_stop"),
+        *("on_nonfinite", "on_spike", "sample_prompt", "sample_tokens"),
+    )
+}
+
+
+class Optimizer(Protocol):
+    """What the loop asks of an optimizer; see optimizers.Optimizer."""
+
+    def step(self, scale: float) -> None:
+        """Update every parameter at `scale` times its peak rate."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as nested tensors and numbers."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+
+
+@dataclass
+class Progress:
+    """How far a run is, in numbers that are the same in every run of the same config.
+
+    Attributes:
+        step: updates done or skipped; also the data cursor.
+        tokens: supervised tokens seen.
+        skipped, streak: updates thrown away, in all and in a row.
+        spikes: losses above six sigma.
+        evaluated: the step of the last complete evaluation, -1 before the first.
+        best_loss, best_step, stale: the best evaluation so far, and evaluations since.
+        moved: whether updates since the last checkpoint can have changed the weights.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    streak: int = 0
+    spikes: int = 0
+    evaluated: int = -1
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    moved: bool = False
+    watch: SpikeWatch = field(default_factory=SpikeWatch)
+    scale: LossScale = field(default_factory=LossScale)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run that a checkpoint takes in; `config` is plain JSON, `identity` the data's hashes."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    config: Mapping[str, object]
+    identity: Mapping[str, str]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def environment(self) -> dict[str, object]:
+        """What decides the last bits of a sum besides the config."""
+        return {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
+    def capture(
+        self, progress: Progress
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, files.Content], dict[str, object]]:
+        """Tensors by file, other files, and the manifest's meta, for folder.save_checkpoint."""
+        random = random_state(self.device)
+        tensors, tree = flatten_state({"optimizer": self.optimizer.state(), "random": random})
+        state = {
+            "tree": tree,
+            "progress": flatten_state({**asdict(progress), "moved": False})[1],
+            "config": self.config,
+            "identity": dict(self.identity),
+        }
+        meta = {
+            "config": hashlib.sha256(dump_json(self.config, sort_keys=True).encode()).hexdigest(),
+            "identity": dict(self.identity),
+            "random": {name: hashlib.sha256(bytes(value.tolist())).hexdigest() for name, value in random.items()},
+            "cursor": progress.step,
+            **self.environment,
+        }
+        groups = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: tensors}
+        return groups, {STATE: dump_json(state).encode()}, meta
+
+    def restore(self, found: Found, override: bool) -> tuple[Progress, list[str]]:
+        """Put a verified checkpoint back; the progress, and what a person should know.
+
+        Raises ConfigError for a changed config (R9), InputError for other data (R10) or a foreign folder.
+        """
+        where = str(found.path / STATE)
+        state = strict_json(files.read_bytes(found.path / STATE), where)
+        if not isinstance(state, dict) or {"tree", "progress", "config", "identity"} - set(state):
+            raise InputError(where, "not the state of a training run", "a checkpoint that train wrote")
+        said = check_config(state["config"], self.config, override)
+        check_identity(state["identity"], self.identity)
+        said += compare_environment(found.manifest.meta, self.environment)
+        load_weights(self.model, read_tensors(found.path / WEIGHTS), str(found.path / WEIGHTS))
+        tensors = read_tensors(found.path / OPTIMIZER, copy=True)
+        tree = cast(dict[str, Any], unflatten_state(tensors, state["tree"], where))
+        self.optimizer.load_state(tree["optimizer"])
+        restore_random(tree["random"], self.device)
+        saved = cast(dict[str, Any], unflatten_state({}, state["progress"], where))
+        watch, scale = SpikeWatch(**saved.pop("watch")), LossScale(**saved.pop("scale"))
+        if scale.fixed != (self.dtype is not torch.float16):  # resumed in another dtype (R11)
+            scale = LossScale.for_dtype(self.dtype)
+        return Progress(**saved, watch=watch, scale=scale), said
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that a step draws from: torch's own, and the GPU's."""
+    states = {"cpu": torch.get_rng_state()}
+    return states if device.type == "cpu" else {**states, "cuda": torch.cuda.get_rng_state(device)}
+
+
+def restore_random(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what random_state gave."""
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into a model. Raises InputError for a missing, unexpected or misshaped one."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name in sorted({*wanted, *given}) if wanted.get(name) != given.get(name)]
+    if wrong:
+        first = f"{wrong[0]} {given.get(wrong[0], 'missing')} for {wanted.get(wrong[0], 'no such tensor')}"
+        raise InputError(where, f"{len(wrong)} tensors do not fit, {first}", "the tensors of this model's config")
+    model.load_state_dict(dict(tensors))
+
+
+# --- what may differ -------------------------------------------------------------------------------------------
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    if isinstance(value, Mapping) and (value or not path):
+        inner = [_flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()]
+        return {key: item for part in inner for key, item in part.items()}
+    return {path: value}
+
+
+def config_changes(saved: object, now: object) -> dict[str, str]:
+    """{dotted key: `old -> new`} for each value that differs."""
+    old, new = _flat(saved), _flat(now)
+    return {
+        key: f"{old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) or (key in old) != (key in new)
+    }
+
+
+def check_config(saved: object, now: object, override: bool) -> list[str]:
+    """Compare configs (R9). Returns what was overridden.
+
+    Raises ConfigError with the whole diff when a key differs that may not, or may only with `override`.
+    """
+    changes = {key: change for key, change in config_changes(saved, now).items() if key not in FREE}
+    barred = [key for key in changes if key not in OVERRIDABLE]
+    if changes and (barred or not override):
+        diff = "; ".join(f"{key}: {change}" for key, change in changes.items())
+        fix = f"undo {', '.join(barred)}, or start another run with another --output" if barred else "add --override"
+        raise ConfigError("--resume", f"the config has changed: {diff}", "the saved run's config", fix)
+    return [f"{key} overridden: {change}" for key, change in changes.items()]
+
+
+def check_identity(saved: Mapping[str, object], now: Mapping[str, str]) -> None:
+    """Refuse other data or another tokenizer (R10). Raises InputError with both hashes."""
+    for name in sorted({*saved, *now}):
+        if saved.get(name) != now.get(name):
+            fix = f"restore the {name} of the saved run, or start another run with another --output"
+            raise InputError(name, f"hash {now.get(name)}", f"{saved.get(name)}, that of the saved run", fix)
+
+
+def compare_environment(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """One sentence if the resumed run need not give the same bytes as the uninterrupted one (R11)."""
+    differ = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    return [f"resumed with {', '.join(differ)}: not byte-equal to an uninterrupted run"] if differ else []
