@@ -22,7 +22,7 @@ from headway.training import loop, plot, resume
 
 @pytest.fixture(autouse=True)
 def _drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "to_png", plot.to_png)  # the campaign replaces it; this puts it back
+    monkeypatch.setattr(plot, "draw", plot.draw)  # the campaign replaces it; this puts it back
     torch.set_num_threads(1)
 
 

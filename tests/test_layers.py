@@ -1,4 +1,4 @@
-"""Imports point one way: a package imports root modules and packages before it, never one after it (docs/layers.md)."""
+"""Imports point one way: packages import root modules and packages before them (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

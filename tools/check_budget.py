@@ -103,9 +103,7 @@ def main(root: Path) -> int:
     for what, count, limit in (("Python code", python, LIBRARY), ("native code", native, NATIVE)):
         if count > limit:
             breaches.append(f"{root}: {count} lines of {what}, at most {limit}")
-    print(
-        f"{root}: {python} of {LIBRARY} lines of Python code, {native} of {NATIVE} native lines, {comments} comments"
-    )
+    print(f"{root}: {python} of {LIBRARY} lines of Python code, {native} of {NATIVE} native lines, {comments} comments")
     print("\n".join(breaches) if breaches else "within all budgets")
     return 1 if breaches else 0
 

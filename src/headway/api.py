@@ -1,4 +1,4 @@
-"""The library's front door: build, load, train, generate, evaluate. Each composes packages that do not know each other.
+"""The library's front door: build, load, train, generate. Each composes packages that do not know each other.
 
     run = headway.train({"data": {"path": "book.txt"}, "budget": "3m", "output": "runs/book"})
     loaded = headway.load("runs/book")

@@ -392,8 +392,8 @@ Head = Annotated[
 class Init(Frozen):
     """Weights ~ N(0, std^2); `residual` says how the projections that write to the residual stream begin.
 
-    scaled: std / sqrt(2 n_layers) (GPT-2); zero: every block starts as the identity (arXiv:2203.03466 practice);
-    plain: std. `std` None is 1 / sqrt(fan_in), the variance-preserving choice.
+    scaled: std / sqrt(2 n_layers) (GPT-2); zero: every pre-norm block starts as the identity
+    (arXiv:2203.03466 practice); plain: std. `std` None is 1 / sqrt(fan_in), the variance-preserving choice.
     """
 
     std: PositiveReal | None = 0.02

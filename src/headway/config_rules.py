@@ -222,7 +222,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("placement", "residual"),
         lambda c: c.residual == "parallel" and c.placement != "pre",
         lambda c: f"residual parallel with placement {c.placement}",
-        "placement pre: both branches read the same normalised input",
+        "placement pre: both branches read the same input",
         lambda c: "placement=pre",
     ),
     Rule(

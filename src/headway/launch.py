@@ -28,7 +28,7 @@ from headway.text import Tokenizer, train_tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.objectives import CausalLM, causal_evaluation, token_byte_lengths
-from headway.training.recipe import resolve
+from headway.training.recipe import resolve, time_step
 
 MODEL, CONFIG, TOKENIZER = "model.json", "config.yaml", "tokenizer.json"
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
@@ -183,10 +183,10 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
     choice = machine.choose(limits)
     threads = run.train.threads or choice.threads
     torch.set_num_threads(threads)
-    config, run = resolve(run, tokenizer.vocab_size, len(data.train.tokens), limits)
+    clock = partial(time_step, device=str(device))
+    config, run = resolve(run, tokenizer.vocab_size, len(data.train.tokens), limits, clock)
     # What the budget bought is in train.steps now; a config that states both would be refused when it is read again.
-    dtype = choice.dtype if run.train.dtype == "auto" else run.train.dtype
-    settled = {"budget": None, "train": run.train.model_copy(update={"dtype": dtype})}
+    settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads})}
     run = run.model_copy(update=settled)
     context, t = run.data.context, run.train
     assert context is not None and t.batch_size is not None and t.steps is not None

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 TRAINING_DTYPES = ("float32", "bfloat16")
-FORMAT = 1
+FORMAT = 2
 _SIZE = 1024  # of the square matrices: large enough for the peak rate, 7 ms at 300 GFLOP/s
 _QUICK = 0.02  # seconds; a product slower than this is not tried at twice the size
 _BUSY_AGE = 3600.0
+# A neighbour on one of two processors halves the share; the kernel's own housekeeping costs a few hundredths.
+_GRANTED = 0.9
 _STREAM = 128 << 20  # bytes: beyond most last-level caches
 _REPEATS = 5
 # A lower precision must be this much faster than float32 to be worth its rounding.
@@ -50,7 +52,8 @@ class Probe:
         gemm: dtype -> threads -> 10^9 floating (or integer) operations per second of a square product.
         read, copy: threads -> 10^9 bytes per second; a copy counts what it reads and what it writes.
         overhead: microseconds of one elementwise operation on a few numbers.
-        load: the system's load average before measuring; near `cores` or above, others were measured too.
+        load: the system's load average before measuring.
+        share: CPU time that the threads got over what they asked for; below 1, others were measured too.
     """
 
     cpu: str
@@ -63,11 +66,12 @@ class Probe:
     copy: dict[int, float]
     overhead: float
     load: float = 0.0
+    share: float = 1.0
 
     @property
     def is_quiet(self) -> bool:
         """Whether the machine had little else to do while it was measured."""
-        return self.load < 0.5 * self.cores
+        return self.load < 0.5 * self.cores and self.share > _GRANTED
 
     @property
     def age(self) -> float:
@@ -88,7 +92,7 @@ class Probe:
 
 
 class Choice(NamedTuple):
-    """The dtype and the number of threads with the highest measured rate, and the figures behind them."""
+    """The dtype worth a trial and the threads with the highest measured rate, and the figures behind them."""
 
     dtype: str
     threads: int
@@ -185,6 +189,20 @@ def _gemm(dtype: str, device: torch.device, finish: Callable[[], object]) -> flo
         n *= 2
 
 
+def _share(threads: int, seconds: float = 0.25) -> float:
+    """CPU time got over CPU time asked for, while products keep the threads busy: 1 when nobody else runs.
+
+    The load average is slow to rise and a neighbour's burst is over before it shows.
+    """
+    import torch
+
+    a = torch.randn(_SIZE, _SIZE)
+    begin, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - begin < seconds:
+        a @ a
+    return (time.process_time() - used) / (time.perf_counter() - begin) / threads
+
+
 def measure(device: str = "cpu") -> Probe:
     """Measure now. Takes some seconds; torch's thread count is put back afterwards."""
     import torch
@@ -209,6 +227,7 @@ def measure(device: str = "cpu") -> Probe:
                         rates[count] = rate
                 read[count] = _STREAM / _median_seconds(source.sum, finish) / 1e9
                 copy[count] = 2 * _STREAM / _median_seconds(lambda: target.copy_(source), finish) / 1e9
+            share = _share(counts[-1]) if place.type == "cpu" else 1.0
         finally:
             torch.set_num_threads(before)
 
@@ -218,7 +237,7 @@ def measure(device: str = "cpu") -> Probe:
 
         overhead = _median_seconds(many, finish) * 1e3
     measured = {name: rates for name, rates in gemm.items() if rates}
-    return Probe(*_key(device), time.time(), measured, read, copy, overhead, load)
+    return Probe(*_key(device), time.time(), measured, read, copy, overhead, load, share)
 
 
 def _key(device: str) -> tuple[str, int, str, str]:
@@ -251,7 +270,7 @@ def _parse(tree: object, where: str) -> Probe:
         assert isinstance(tree, dict)
         gemm = {name: rates(value) for name, value in tree["gemm"].items()}
         assert gemm["float32"] and tree["read"] and tree["copy"]
-        plain = {name: tree[name] for name in ("cpu", "cores", "torch", "device", "taken", "overhead", "load")}
+        plain = {name: tree[name] for name in ("cpu", "cores", "torch", "device", "taken", "overhead", "load", "share")}
         return Probe(gemm=gemm, read=rates(tree["read"]), copy=rates(tree["copy"]), **plain)
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         raise InputError(where, "not a machine probe", "what headway doctor --probe writes") from None

@@ -94,8 +94,13 @@ def test_a_probe_of_a_busy_machine_is_believed_for_an_hour(monkeypatch, tmp_path
     measured = machine.measure()
     path = machine._file(machine._key("cpu"))
     path.parent.mkdir(parents=True)
-    for load, taken, expected in ((0.0, 1e9, False), (99.0, 1e9, True), (99.0, 4e10, False)):
-        row = dataclasses.asdict(dataclasses.replace(measured, load=load, taken=taken))
+    for load, share, taken, expected in (
+        (0.0, 1.0, 1e9, False),
+        (99.0, 1.0, 1e9, True),
+        (0.0, 0.5, 1e9, True),
+        (99.0, 0.5, 4e10, False),
+    ):
+        row = dataclasses.asdict(dataclasses.replace(measured, load=load, share=share, taken=taken))
         path.write_text(json.dumps(row))
         again = []
         monkeypatch.setattr(machine, "measure", lambda device, again=again: again.append(1) or measured)

@@ -1,19 +1,21 @@
-"""Every attention backend equals the formula, written out here in float64 one query at a time.
+"""Every attention backend equals the formula of tests/nn/formulas.py, float64, one query at a time.
 
 The reference knows nothing of positions, triangles or groups of heads as tensors: who sees whom is a Python predicate
-over columns, and query head n reads key-value head n // (N / K) (arXiv:2305.13245, figure 2).
+over the columns of a padded or packed batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import formulas
 import numpy as np
 import pytest
 import torch
+from formulas import TOLERANCE, Visible, assert_close, linear, randomize, wide
 from torch import Tensor
 
 from headway.config import ModelConfig
@@ -23,57 +25,22 @@ from headway.nn import Transformer
 from headway.nn.attention import Attention, Scores, attend, use_backend
 from headway.nn.masks import Mask, Sight, build_mask
 
-# Sums of at most a few hundred terms of size 1: float32 keeps 6e-8 of each, float64 1e-16.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 BACKENDS = ("naive", "sdpa", "flex")
 HEADS = {"multi-head": (4, 4), "multi-query": (4, 1), "grouped-query": (6, 2)}
-Predicate = Callable[[int, int, int], bool]  # (row, query column, key column) -> visible
 B, T, H = 2, 7, 5
 
-
-def softmax_of(row: np.ndarray) -> np.ndarray:
-    """Of scores in which -inf means hidden; nothing visible, no weight."""
-    if np.isinf(row).all():
-        return np.zeros_like(row)
-    raised = np.exp(row - row.max())
-    return raised / raised.sum()
+# Flex is compiled on CUDA; here it runs as written, and says each time that this is slow.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def reference(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    how: Scores,
-    visible: Predicate = lambda b, t, s: True,
-    bias: np.ndarray | None = None,
+    tensors: list[Tensor], how: Scores, visible: Visible = formulas.everything, bias: Tensor | None = None
 ) -> np.ndarray:
-    """softmax(softcap(scale q k^T) + bias) v. (B, T, N, H), (B, S, K, H), bias (B, N, T, S) -> (B, T, N, H)."""
-    rows, T, N, _ = q.shape
-    S, K = k.shape[1:3]
-    out = np.zeros((rows, T, N, v.shape[-1]))
-    seen = np.array([[[visible(b, t, s) for s in range(S)] for t in range(T)] for b in range(rows)])
-    for b, t, n in itertools.product(range(rows), range(T), range(N)):
-        kv = n // (N // K)
-        scores = how.scale * (k[b, :, kv] @ q[b, t, n])
-        if how.softcap is not None:
-            scores = how.softcap * np.tanh(scores / how.softcap)
-        if bias is not None:
-            scores = scores + bias[b, n, t]
-        out[b, t, n] = softmax_of(np.where(seen[b, t], scores, -np.inf)) @ v[b, :, kv]
-    return out
-
-
-def wide(*tensors: Tensor) -> list[np.ndarray]:
-    """As float64 numpy."""
-    return [x.detach().double().numpy() for x in tensors]
-
-
-def assert_close(found: Tensor, expected: np.ndarray, real: Tensor | None = None) -> None:
-    """Within the dtype's tolerance, at the queries (B, T) that are real."""
-    error = np.abs(found.detach().double().numpy() - expected)
-    assert np.isfinite(error).all()
-    worst = error.max() if real is None else error[real.numpy()].max()
-    assert worst < TOLERANCE[found.dtype]
+    """The formula on q (B, T, N, H), k and v (B, S, K, H); the bias may have one row or one head for all."""
+    q, k, v = map(wide, tensors)
+    if bias is not None:
+        bias = wide(bias.expand(len(q), q.shape[2], -1, -1))
+    return formulas.attention(q, k, v, how.scale, visible, softcap=how.softcap, bias=bias)
 
 
 # --- who sees whom -----------------------------------------------------------------------------------------------
@@ -83,7 +50,7 @@ class Case(NamedTuple):
     """One visibility: as the stack builds it, and as a predicate. `real` (B, T): the queries that count."""
 
     mask: Mask
-    visible: Predicate
+    visible: Visible
     real: Tensor | None = None
 
 
@@ -162,7 +129,7 @@ def test_backends_equal_the_formula(backend: Any, N: int, K: int, case: Case) ->
         q, k, v = heads(N, K, dtype)
         with use_backend(backend):
             out = attend(q, k, v, case.mask, Scores(0.4))
-        assert_close(out, reference(*wide(q, k, v), Scores(0.4), case.visible), case.real)
+        assert_close(out, reference([q, k, v], Scores(0.4), case.visible), case.real)
 
 
 def test_the_tolerance_would_notice_one_key_too_many() -> None:
@@ -170,7 +137,7 @@ def test_the_tolerance_would_notice_one_key_too_many() -> None:
     q, k, v = heads(4, 2, torch.float32)
     out = attend(q, k, v, CASES["causal window 3"].mask, Scores(0.4))
     with pytest.raises(AssertionError):
-        assert_close(out, reference(*wide(q, k, v), Scores(0.4), plain(is_causal=True, window=4).visible))
+        assert_close(out, reference([q, k, v], Scores(0.4), plain(is_causal=True, window=4).visible))
 
 
 def biased() -> Iterator[Any]:
@@ -193,10 +160,9 @@ def test_bias_and_softcap_equal_the_formula(
     for dtype in dtypes(backend):
         q, k, v = heads(4, 2, dtype)
         bias = None if bias_shape is None else 2 * torch.randn(*bias_shape, T, T, dtype=torch.float64).to(dtype)
-        full_bias = None if bias is None else wide(bias.expand(B, 4, T, T))[0]
         with use_backend(backend):
             out = attend(q, k, v, case.mask, how, bias)
-        assert_close(out, reference(*wide(q, k, v), how, case.visible, full_bias), case.real)
+        assert_close(out, reference([q, k, v], how, case.visible, bias), case.real)
 
 
 @pytest.mark.parametrize("backend", ["naive", "sdpa", pytest.param("flex", marks=FLEX_BUG)])
@@ -210,14 +176,14 @@ def test_cross_attention_with_padded_keys(backend: Any, N: int, K: int) -> None:
         q, k, v = heads(N, K, dtype, S, 4)
         with use_backend(backend):
             out = attend(q, k, v, Mask(dense=real[:, None, None, :]), Scores(0.4))
-        assert_close(out, reference(*wide(q, k, v), Scores(0.4), lambda b, t, s: bool(real[b, s])))
+        assert_close(out, reference([q, k, v], Scores(0.4), lambda b, t, s: bool(real[b, s])))
 
 
 @EVERY_BACKEND
 def test_cross_attention_without_padding(backend: Any) -> None:
     q, k, v = heads(4, 2, torch.float64, 9, 4)
     with use_backend(backend):
-        assert_close(attend(q, k, v, Mask(), Scores(0.4)), reference(*wide(q, k, v), Scores(0.4)))
+        assert_close(attend(q, k, v, Mask(), Scores(0.4)), reference([q, k, v], Scores(0.4)))
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------
@@ -280,9 +246,22 @@ def test_the_compiled_causal_kernel_equals_the_formula(N: int, K: int, is_packed
     assert "CausalAttention" in str(out.grad_fn.next_functions)  # the fused path, not its fallback
     last = slice(120, None)  # the loop over every query would take half a minute
     expected = reference(
-        *wide(q[:, last], k, v), Scores(0.4), lambda b, t, s: s <= t + 120 and (s >= start or t + 120 < start)
+        [q[:, last], k, v], Scores(0.4), lambda b, t, s: s <= t + 120 and (s >= start or t + 120 < start)
     )
     assert_close(out[:, last], expected)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the mask lets equal numbers meet across the gap, the compiled kernel does not (in training)"
+)
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler built the native kernels")
+def test_a_document_number_that_comes_back_means_one_thing() -> None:
+    """Whatever it means: the same with gradients (compiled kernel) and without (mask)."""
+    model = randomize(Transformer(ModelConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=11, max_len=T)))
+    ids, documents = torch.randint(11, (1, T)), torch.tensor([[0, 0, 1, 1, 0, 0, 0]])
+    with_gradients = model(ids, documents=documents).logits
+    with torch.no_grad():
+        assert torch.allclose(model(ids, documents=documents).logits, with_gradients, atol=1e-5)
 
 
 # --- the module --------------------------------------------------------------------------------------------------
@@ -292,50 +271,26 @@ def module(cross: bool = False, **fields: Any) -> Attention:
     """An Attention in float64 with every parameter random, d_head apart from d_model / n_heads."""
     sizes = {"d_model": 10, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "d_head": 6, "vocab_size": 9, "max_len": T}
     kind = {"kind": "encoder-decoder", "tokens": {"decoder_start": 0}} if cross else {}
-    out = Attention(ModelConfig(**sizes, **kind, **fields), 0, cross=cross).double()
-    with torch.no_grad():
-        for parameter in out.parameters():
-            parameter.normal_(float(parameter.ndim == 1), 0.6)
-    return out.eval()
+    return randomize(Attention(ModelConfig(**sizes, **kind, **fields), 0, cross=cross).double())
 
 
-def linear(x: np.ndarray, layer: torch.nn.Linear) -> np.ndarray:
-    """x W^T + b."""
-    out = x @ wide(layer.weight)[0].T
-    return out if layer.bias is None else out + wide(layer.bias)[0]
-
-
-def normed(x: np.ndarray, norm: torch.nn.Module, kind: str, eps: float) -> np.ndarray:
-    """QK-norm over each head (arXiv:2302.05442)."""
+def normed(x: np.ndarray, norm: Any, kind: str) -> np.ndarray:
+    """QK-norm over each head (arXiv:2302.05442), without a bias."""
     if kind == "none":
         return x
-    x = x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * wide(norm.weight)[0]
-
-
-def turned(x: np.ndarray, layout: str) -> np.ndarray:
-    """RoPE as multiplication by exp(i t theta^(-2j/H)) (arXiv:2104.09864, equation 12). (B, T, N, H)."""
-    size = x.shape[-1]
-    even, odd = (x[..., ::2], x[..., 1::2]) if layout == "interleaved" else np.split(x, 2, -1)
-    angle = np.arange(x.shape[1])[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
-    z = (even + 1j * odd) * np.exp(1j * angle)[None, :, None]
-    out = np.empty_like(x)
-    first, second = (slice(0, None, 2), slice(1, None, 2)) if layout == "interleaved" else (slice(size // 2),) * 2
-    if layout == "half":
-        second = slice(size // 2, None)
-    out[..., first], out[..., second] = z.real, z.imag
-    return out
+    weight = wide(norm.weight)
+    return formulas.rms_norm(x, weight, 1e-6) if kind == "rmsnorm" else formulas.layer_norm(x, weight, None, 1e-6)
 
 
 def by_hand(layer: Attention, x: Tensor, scale: float, norm: str, layout: str | None) -> np.ndarray:
     """Project, split into q, k and v, normalise per head, turn, attend, project back."""
     N, K, size = 4, 2, 6
-    q, k, v = np.split(linear(wide(x)[0], layer.qkv), [N * size, (N + K) * size], -1)
+    q, k, v = np.split(linear(wide(x), layer.qkv), [N * size, (N + K) * size], -1)
     q, k, v = (part.reshape(B, T, -1, size) for part in (q, k, v))
-    q, k = normed(q, layer.q_norm, norm, 1e-6), normed(k, layer.k_norm, norm, 1e-6)
+    q, k = normed(q, layer.q_norm, norm), normed(k, layer.k_norm, norm)
     if layout is not None:
-        q, k = turned(q, layout), turned(k, layout)
-    mixed = reference(q, k, v, Scores(scale, layer.softcap), lambda b, t, s: s <= t)
+        q, k = formulas.rotated(q, layout), formulas.rotated(k, layout)
+    mixed = formulas.attention(q, k, v, scale, formulas.causal, softcap=layer.softcap)
     return linear(mixed.reshape(B, T, N * size), layer.output)
 
 
@@ -379,10 +334,10 @@ def test_cross_attention_equals_its_weights_applied_by_hand(norm: str) -> None:
     real = torch.ones(B, S, dtype=torch.bool)
     real[1, -1] = False
     out = layer.cross(x, encoded, Mask(dense=real[:, None, None, :]))
-    q = normed(linear(wide(x)[0], layer.q).reshape(B, T, 4, size), layer.q_norm, norm, 1e-6)
-    k, v = (part.reshape(B, S, 2, size) for part in np.split(linear(wide(encoded)[0], layer.kv), 2, -1))
-    k = normed(k, layer.k_norm, norm, 1e-6)
-    mixed = reference(q, k, v, Scores(1 / math.sqrt(size)), lambda b, t, s: bool(real[b, s]))
+    q = normed(linear(wide(x), layer.q).reshape(B, T, 4, size), layer.q_norm, norm)
+    k, v = (part.reshape(B, S, 2, size) for part in np.split(linear(wide(encoded), layer.kv), 2, -1))
+    k = normed(k, layer.k_norm, norm)
+    mixed = formulas.attention(q, k, v, 1 / math.sqrt(size), lambda b, t, s: bool(real[b, s]))
     assert_close(out, linear(mixed.reshape(B, T, -1), layer.output))
 
 
@@ -404,11 +359,10 @@ def test_queries_that_see_nothing_give_zeros_and_finite_gradients(backend: Any, 
     for dtype in dtypes(backend):
         q, k, v = heads(4, 2, dtype)
         bias = torch.randn(1, 4, T, T, dtype=dtype) if with_bias else None
-        full_bias = None if bias is None else wide(bias.expand(B, -1, -1, -1))[0]
         with use_backend(backend):
             out = attend(q, k, v, case.mask, Scores(0.4), bias)
         assert (out[1] if is_row else out[1, 2]).abs().max() == 0
-        assert_close(out, reference(*wide(q, k, v), Scores(0.4), case.visible, full_bias))
+        assert_close(out, reference([q, k, v], Scores(0.4), case.visible, bias))
         if backend != "flex":  # PyTorch has no gradient of flex on CPU
             assert all(x.isfinite().all() for x in gradients(backend, [q, k, v], case, Scores(0.4), bias))
 

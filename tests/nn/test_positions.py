@@ -84,7 +84,7 @@ def library_frequencies(ours: cfg.Rope, length: int, max_len: int) -> tuple[Tens
     config = theirs(ours, max_len)
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
-        return llama.LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        return neox.GPTNeoXRotaryEmbedding.compute_default_rope_parameters(config)  # Llama's takes no fraction
     return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
 
 
@@ -94,8 +94,6 @@ def library_frequencies(ours: cfg.Rope, length: int, max_len: int) -> tuple[Tens
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS.keys())
 def test_frequencies_equal_transformers(scaling: dict[str, Any], fraction: float, theta: float, length: int) -> None:
     """Lengths on both sides of the original one; partial rotary shortens the exponent's range."""
-    if scaling["type"] == "none" and fraction != 1.0:
-        fraction = 1.0  # Llama's default takes no fraction; GPT-NeoX's does, below
     ours = rope(scaling, fraction, theta)
     frequencies, factor = rope_frequencies(ours, H, length, 128)
     expected, expected_factor = library_frequencies(ours, length, 128)
@@ -304,24 +302,36 @@ def embedded(model: Transformer, ids: Tensor, real: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("offset", [0, 2])
-def test_learned_positions_equal_opt_and_roberta(offset: int, side: str) -> None:
+def test_learned_positions_equal_opt_and_roberta(side: str) -> None:
     """Both skip two rows of the table and count real tokens only, OPT by its mask, RoBERTa by its padding id 1."""
-    config = cfg.ModelConfig(
-        kind="encoder", d_model=6, n_layers=1, n_heads=2, vocab_size=20, max_len=8,
-        positions={"type": "learned", "offset": offset},
-    )  # fmt: skip
-    model = Transformer(config)
+    model = learned_model(offset=2)
     ids, real = torch.randint(2, 20, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     if side != "none":
         real[1, 3:] = 0
         real = real if side == "right" else real.flip(1)
     ids = ids.masked_fill(real == 0, 1)
+    table = model.embeddings.learned.weight
     opt = OPTLearnedPositionalEmbedding(8, 6)
-    opt.offset, opt.weight = offset, model.embeddings.learned.weight
-    rows = RobertaEmbeddings.create_position_ids_from_input_ids(ids, 1) - 2 + offset
+    opt.weight = table
+    roberta = RobertaEmbeddings.create_position_ids_from_input_ids(ids, 1)
     found = embedded(model, ids, None if side == "none" else real) - model.embeddings.tokens(ids)
-    assert model.embeddings.learned.weight.shape[0] == 8 + offset
-    for expected in (opt(real), opt.weight[rows.clamp(min=0)]):
+    for expected in (opt(real), table[roberta]):
         # One float32 sum and one difference of values near 0.02.
         assert torch.allclose(found[real.bool()], expected[real.bool()], atol=1e-8)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_learned_positions_begin_at_the_offset(offset: int) -> None:
+    """The table has room for max_len positions behind the skipped rows."""
+    model, ids = learned_model(offset), torch.randint(20, (1, 8))
+    table = model.embeddings.learned.weight
+    assert len(table) == 8 + offset
+    found = embedded(model, ids, None) - model.embeddings.tokens(ids)
+    assert torch.allclose(found[0], table[offset:], atol=1e-8)
+
+
+def learned_model(offset: int) -> Transformer:
+    positions = {"type": "learned", "offset": offset}
+    return Transformer(
+        cfg.ModelConfig(kind="encoder", d_model=6, n_layers=1, n_heads=2, vocab_size=20, max_len=8, positions=positions)
+    )

@@ -114,6 +114,9 @@ def _show_probe(printer: Printer, limits: Probe, choice: Choice) -> None:
         rows.append((name, *(f"{bandwidth[count]:.1f}" for count in counts), "GB/s"))
     printer.table(rows, header=header, right=True)
     printer.say(f"one small operation costs {limits.overhead:.1f} us")
-    printer.say(f"training here uses {choice.dtype} on {choice.threads} threads ({choice.reason})")
+    printer.say(f"training here tries {choice.dtype} on {choice.threads} threads ({choice.reason})")
     if not limits.is_quiet:
-        printer.say(f"load was {limits.load:.1f} before measuring: other work was measured too; run it again when idle")
+        printer.say(
+            f"the machine was busy (load {limits.load:.1f}, {limits.share:.0%} of the processors granted): "
+            "other work was measured too; run it again when idle"
+        )

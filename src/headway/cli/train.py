@@ -136,6 +136,7 @@ def summary(done: RunResult) -> dict[str, object]:
     if result is not None:
         evaluation = result.evaluation
         out |= {
+            "first_step": result.first,
             "step": result.step,
             "stopped": result.stopped,
             "loss": evaluation.loss if evaluation else None,
@@ -154,7 +155,11 @@ def _next(printer: Printer, done: RunResult) -> None:
     evaluation, folder = done.result.evaluation, done.folder
     bits = evaluation.bits_per_byte if evaluation else None
     measured = "" if bits is None else f", {bits:.3f} bits per byte on held-out text"
-    printer.say(f"trained {done.result.step:,} steps in {duration(done.result.seconds)}{measured}")
+    if done.result.first == done.result.step:
+        printer.say(f"nothing to do: all {done.result.step:,} steps of this run are done")
+    else:
+        steps = done.result.step - done.result.first
+        printer.say(f"trained {steps:,} steps in {duration(done.result.seconds)}{measured}")
     printer.say(f"run folder {folder}, loss curve {folder / 'loss.svg'}")
     printer.say(f"next: headway generate {folder} --prompt 'The'")
 

@@ -42,7 +42,8 @@ class _Heads(ctypes.Structure):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
     if not usable(x, weight):
-        return F.rms_norm(x, weight.shape, weight, eps)
+        # Under autocast x may be narrower than the weight, for which PyTorch has no fused kernel.
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     out: Tensor = apply(_RMSNorm, x, weight, eps)
     return out
 
@@ -104,7 +105,7 @@ def split_heads_twin(
     q, k, v = torch.split(heads, [shape.N, shape.K, shape.K], dim=2)
     if weights is not None:
         size = weights[0].shape
-        q, k = F.rms_norm(q, size, weights[0], shape.eps), F.rms_norm(k, size, weights[1], shape.eps)
+        q, k = (F.rms_norm(x, size, w.to(x.dtype), shape.eps) for x, w in zip((q, k), weights, strict=True))
     if angles is not None:
         q, k = rotate(q, angles, shape.layout), rotate(k, angles, shape.layout)
     return q, k, v

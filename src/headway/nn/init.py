@@ -18,7 +18,7 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
     """Initialise every parameter of a Transformer in place, from torch's global generator.
 
     Norms keep their ones and zeros. `residual` scaled divides the std of the projections that write to the residual
-    stream by sqrt(2 n_layers) (GPT-2); zero makes every block the identity at the start.
+    stream by sqrt(2 n_layers) (GPT-2); zero makes every pre-norm block the identity at the start.
     """
     scheme = config.init
     depth = max(config.n_layers, config.n_decoder_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,15 @@ class Evaluation(NamedTuple):
     loss: float | None
     bits_per_byte: float | None
     tokens: int
+
+
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def precision(dtype: str, device: torch.device) -> AbstractContextManager[object]:
+    """Where products run in `dtype`; weights and sums stay float32 (arXiv:1710.03740)."""
+    wanted = DTYPES[dtype]
+    return nullcontext() if wanted is torch.float32 else torch.autocast(device.type, dtype=wanted)
 
 
 @contextmanager

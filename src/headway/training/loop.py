@@ -37,7 +37,7 @@ from headway.errors import ConfigError, DivergedError, InputError, Interrupted, 
 from headway.nn import Transformer
 from headway.run_config import Train
 from headway.training import guards
-from headway.training.evaluate import Evaluation, evaluate, resting, to_device
+from headway.training.evaluate import DTYPES, Evaluation, evaluate, precision, resting, to_device
 from headway.training.events import (
     CheckpointEvent,
     EvalEvent,
@@ -58,7 +58,6 @@ from headway.training.signals import StopSignals
 from headway.training.throughput import Meter, memory_reader
 
 Resume = Literal["never", "auto", "must"]
-_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below this rate weights of usual size need not change in float32, and the check against saving twice the same
 # weights (S10) would accuse an honest run.
 _MOVING_RATE = 1e-6
@@ -66,8 +65,9 @@ _MOVING_RATE = 1e-6
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `stopped` early: evaluations no longer improved. `loss` is the last evaluation's."""
+    """How a run ended. `stopped` early: evaluations no longer improved. `first`: the step it began or went on at."""
 
+    first: int
     step: int
     stopped: Literal["done", "early"]
     evaluation: Evaluation | None
@@ -126,10 +126,8 @@ class Trainer:
         self.steps = self.train.steps
         self.device = next(self.model.parameters()).device
         self.model.head.smoothing = self.train.label_smoothing
-        dtype = _DTYPES[self.train.dtype]
-        self._precision: Callable[[], contextlib.AbstractContextManager[object]] = (
-            contextlib.nullcontext if dtype is torch.float32 else partial(torch.autocast, self.device.type, dtype=dtype)
-        )
+        dtype = DTYPES[self.train.dtype]
+        self._precision = partial(precision, self.train.dtype, self.device)
         self._updater = self.optimizer or make_optimizer(self.model, self.model.config, self.train)
         plain = {"train": self.train.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
         self._state = RunState(
@@ -163,6 +161,7 @@ class Trainer:
         began = time.monotonic()
         with StopSignals(self._what_stands) as signals:
             self._begin(resume, override)
+            first = self.progress.step
             self.model.train()
             try:
                 self._loop(signals)
@@ -176,6 +175,7 @@ class Trainer:
         p = self.progress
         early = p.step < self.steps
         return Result(
+            first=first,
             step=p.step,
             stopped="early" if early else "done",
             evaluation=self._evaluation,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from headway.config import ModelConfig
-from headway.machine import Probe
+from headway.machine import Probe, choose
 from headway.nn import Transformer
 from headway.run_config import RunConfig, Train
+from headway.training.evaluate import precision
 from headway.training.optimizers import make_optimizer
 
 # The shape of every model that the recipe builds; a user's fields are laid over it.
@@ -44,20 +45,45 @@ TOKENS_PER_PARAMETER = 2.0
 Clock = Callable[[ModelConfig, Train, int], float]
 
 
+def time_step(config: ModelConfig, train: Train, context: int, device: str = "cpu") -> float:
+    """Seconds per update of a fresh model on random tokens: the median of a few steps, after one to warm up.
+
+    The generator's state is put back, so the run that follows is the one its seed names.
+    """
+    place = torch.device(device)
+    finish = torch.cuda.synchronize if place.type == "cuda" else bool
+    with torch.random.fork_rng([] if place.type == "cpu" else [place]):
+        model = Transformer(config).to(place)
+        optimizer = make_optimizer(model, config, train)
+        ids = torch.randint(config.vocab_size, ((train.batch_size or 1) // train.accumulation, context), device=place)
+        seconds = []
+        for _ in range(TRIAL_STEPS):
+            begin = time.perf_counter()
+            for _ in range(train.accumulation):
+                with precision(train.dtype, place):
+                    loss = model(ids, labels=ids).loss
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(0.0)
+            optimizer.zero_grad()
+            finish()
+            seconds.append(time.perf_counter() - begin)
+    return sorted(seconds[1:])[len(seconds[1:]) // 2]
+
+
 def resolve(
-    run: RunConfig, vocab_size: int, train_tokens: int, probe: Probe | None, clock: Clock | None = None
+    run: RunConfig, vocab_size: int, train_tokens: int, probe: Probe | None, clock: Clock = time_step
 ) -> tuple[ModelConfig, RunConfig]:
     """Fill in every open number of a run.
 
     Args:
         run: what the user said. vocab_size: of the tokenizer. train_tokens: tokens in the training split.
         probe: the machine's measured limits (headway.machine), None to judge from trial steps alone.
-        clock: seconds per training step of a model; default `time_step`, which runs a few real steps.
+        clock: seconds per training step of a model; the default runs a few real steps.
 
     Returns:
-        The model, and the run with no None left among steps, batch size, rates, warmup and intervals.
+        The model, and the run with nothing open among dtype, steps, batch size, rates, warmup and intervals.
     """
-    clock = clock or time_step
     if run.train.steps is not None or run.budget is not None:
         budget = run.budget_seconds
     else:
@@ -70,16 +96,37 @@ def resolve(
     )
     batch = -(-batch // run.train.accumulation) * run.train.accumulation
     train = _rates(run.train.model_copy(update={"batch_size": batch}), model)
+    train, seconds = _fastest(train, model, context, probe, clock)
     if train.steps is None:
         assert budget is not None
-        seconds = clock(model, train, context)
-        affordable = int(budget * SHARE_FOR_STEPS / seconds)
+        affordable = int(budget * SHARE_FOR_STEPS / (seconds or clock(model, train, context)))
         useful = math.ceil(PASSES * train_tokens / (batch * context))
         train = train.model_copy(update={"steps": max(min(affordable, useful), 1)})
     train = _intervals(train)
     data = run.data.model_copy(update={"context": context})
     fields = model.model_dump(mode="json")
     return model, run.model_copy(update={"model": fields, "train": train, "data": data})
+
+
+def _fastest(
+    train: Train, model: ModelConfig, context: int, probe: Probe | None, clock: Clock
+) -> tuple[Train, float | None]:
+    """The dtype that whole steps are fastest in, and their seconds where they were timed.
+
+    The rate of a product decides only whether a lower precision is worth a trial: casts, and kernels that exist in
+    float32 alone, can cost more than the product gains.
+    """
+    if train.dtype != "auto":
+        return train, None
+    candidates = ["float32"]
+    if probe is not None and choose(probe).dtype != "float32":
+        candidates.append(choose(probe).dtype)
+    trials = [train.model_copy(update={"dtype": dtype}) for dtype in candidates]
+    if len(trials) == 1:
+        return trials[0], None
+    seconds = [clock(model, trial, context) for trial in trials]
+    best = min(seconds)
+    return trials[seconds.index(best)], best
 
 
 def _context(train_tokens: int) -> int:
@@ -179,27 +226,3 @@ def _intervals(train: Train) -> Train:
             "checkpoint_every": train.checkpoint_every or max(1, steps // 4),
         }
     )
-
-
-def time_step(config: ModelConfig, train: Train, context: int) -> float:
-    """Seconds per update of a fresh model on random tokens: the median of a few steps, after one to warm up.
-
-    The generator's state is put back, so the run that follows is the one its seed names.
-    """
-    state = torch.get_rng_state()
-    model = Transformer(config)
-    optimizer = make_optimizer(model, config, train)
-    rows = (train.batch_size or 1) // train.accumulation
-    ids = torch.randint(config.vocab_size, (rows, context))
-    seconds = []
-    for _ in range(TRIAL_STEPS):
-        begin = time.perf_counter()
-        for _ in range(train.accumulation):
-            loss = model(ids, labels=ids).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(0.0)
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - begin)
-    torch.set_rng_state(state)
-    return sorted(seconds[1:])[len(seconds[1:]) // 2]

@@ -6,7 +6,7 @@
 
 Everything that the next step depends on is here, and the data cursor is one number, so that resuming replays
 nothing and k + (2k - k) steps give the bytes of 2k steps (R7). What differs from the saved run is refused,
-allowed on demand, or reported, by `RULES` below (R9, R10, R11).
+allowed on demand, or reported, by `FREE` and `OVERRIDABLE` below (R9, R10, R11).
 """
 
 from __future__ import annotations
