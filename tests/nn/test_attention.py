@@ -98,7 +98,6 @@ CASES: dict[str, Case] = {
     "packed, causal window 2": packed(is_causal=True, window=2),
 }
 # nn/stack.py gives masks of one query row where all queries see the same keys: an encoder's padding, cross-attention.
-FLEX_BUG = pytest.mark.xfail(strict=True, raises=IndexError, reason="flex reads row t of a mask that has one row")
 EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_HEADS = pytest.mark.parametrize("N,K", HEADS.values(), ids=HEADS.keys())
@@ -119,8 +118,7 @@ def masked() -> Iterator[Any]:
     """Backend, heads and case; flex only with grouped queries."""
     for backend, kind, name in itertools.product(BACKENDS, HEADS, CASES):
         if backend != "flex" or kind == "grouped-query":
-            marks = [FLEX_BUG] if backend == "flex" and name.endswith("padding, full") else []
-            yield pytest.param(backend, *HEADS[kind], CASES[name], id=f"{backend}-{kind}-{name}", marks=marks)
+            yield pytest.param(backend, *HEADS[kind], CASES[name], id=f"{backend}-{kind}-{name}")
 
 
 @pytest.mark.parametrize("backend,N,K,case", [*masked()])
@@ -165,7 +163,7 @@ def test_bias_and_softcap_equal_the_formula(
         assert_close(out, reference([q, k, v], how, case.visible, bias), case.real)
 
 
-@pytest.mark.parametrize("backend", ["naive", "sdpa", pytest.param("flex", marks=FLEX_BUG)])
+@pytest.mark.parametrize("backend", ["naive", "sdpa", "flex"])
 @pytest.mark.parametrize("N,K", [(4, 4), (6, 2)], ids=["multi-head", "grouped-query"])
 def test_cross_attention_with_padded_keys(backend: Any, N: int, K: int) -> None:
     """Four queries over nine keys, under the mask of one row that nn/stack.py builds from the encoder's padding."""
@@ -251,9 +249,6 @@ def test_the_compiled_causal_kernel_equals_the_formula(N: int, K: int, is_packed
     assert_close(out[:, last], expected)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the mask lets equal numbers meet across the gap, the compiled kernel does not (in training)"
-)
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler built the native kernels")
 def test_a_document_number_that_comes_back_means_one_thing() -> None:
     """Whatever it means: the same with gradients (compiled kernel) and without (mask)."""
@@ -438,7 +433,6 @@ def test_a_forced_backend_that_cannot_do_it_says_so(backend: Any, how: Scores, q
     attend(*qkv, CAUSAL, how)  # left to itself, the entry finds a backend that can
 
 
-@pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="PyTorch's own error comes through")
 def test_forced_flex_on_cpu_with_gradients_says_so(qkv: list[Tensor]) -> None:
     with use_backend("flex"), pytest.raises(ConfigError):
         attend(qkv[0].requires_grad_(), *qkv[1:], CAUSAL, Scores(0.4))

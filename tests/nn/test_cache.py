@@ -197,7 +197,6 @@ def test_padding_takes_no_room() -> None:
     assert twin.cache.lengths.tolist() == [5, 2]
 
 
-@pytest.mark.xfail(strict=True, raises=BugError, reason="adds the longest row to the largest number of new tokens")
 def test_a_short_row_may_grow_while_a_full_one_rests() -> None:
     twin = Twin([None], 2, 5)
     twin.feed([[True] * 4, [True, False, False, False]])
@@ -279,7 +278,6 @@ def test_last_only_gives_the_last_real_row(side: str, window: int | None) -> Non
         assert torch.allclose(one, other, atol=1e-14)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="new_cache does not look at max_len of the config")
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_a_cache_longer_than_the_table_of_positions_is_refused(positions: str) -> None:
     """Without a cache the model says so in one sentence (InputError)."""

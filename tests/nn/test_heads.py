@@ -180,13 +180,15 @@ def test_label_smoothing_acts_in_training_only(name: str) -> None:
     plain = mean_over_labels(classes_last(name, logits), labels)
     assert module.smoothing == 0.0
     module.smoothing = 0.1
+    if name == "span":  # never smoothed: see the next test
+        assert module.train().loss(logits, labels).item() == pytest.approx(plain, rel=EXACT)
+        return
     smoothed = mean_over_labels(classes_last(name, logits), labels, 0.1)
     assert module.train().loss(logits, labels).item() == pytest.approx(smoothed, rel=EXACT)
     assert module.eval().loss(logits, labels).item() == pytest.approx(plain, rel=EXACT)
     assert abs(smoothed - plain) > 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="smoothing spreads over padding, whose logits are finfo.min: a loss of 1e37")
 def test_label_smoothing_of_a_span_leaves_padding_out() -> None:
     module, real = head("encoder", {"type": "span"}).float(), torch.ones(B, T, dtype=torch.bool)
     real[:, 3:] = False
@@ -222,7 +224,6 @@ def test_multi_label_loss_is_binary_cross_entropy() -> None:
     assert sequence_head("multi", 4).loss(logits, labels).item() == pytest.approx(expected, rel=EXACT)
 
 
-@pytest.mark.xfail(strict=True, reason="-100 is taken for a target of -100")
 def test_multi_label_loss_ignores_unknown_labels() -> None:
     """heads.py: -100 is ignored, whatever the head."""
     logits, labels = torch.randn(B, 4, dtype=torch.float64), torch.randint(2, (B, 4))
@@ -237,10 +238,9 @@ def test_multi_label_loss_ignores_unknown_labels() -> None:
     [
         (1, (B,)),
         (2, (B, 2)),
-        pytest.param(1, (B, 1), marks=pytest.mark.xfail(strict=True, reason="(B,) minus (B, 1) broadcasts to (B, B)")),
+        (1, (B, 1)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Using a target size")
 def test_regression_loss_is_the_mean_squared_error(size: int, shape: tuple[int, ...]) -> None:
     """heads.py allows (B, labels) for classification heads; with one label that is a column."""
     logits, labels = torch.randn(B, size, dtype=torch.float64), torch.randn(shape)

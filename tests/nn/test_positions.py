@@ -44,6 +44,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, two mscales": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
     "yarn, equal mscales": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},  # DeepSeek-V2: they cancel to 1
     "yarn, one mscale": YARN | {"mscale": 0.7},
+    "yarn, ramp beyond the last frequency": YARN | {"original_len": 4096},
     "yarn, factor below 1": YARN | {"factor": 0.5},
     "llama3": {"type": "llama3", "factor": 8.0, "original_len": 256},
     "llama3, other band": {

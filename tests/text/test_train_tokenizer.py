@@ -81,8 +81,6 @@ def test_too_small_or_no_size_at_all_gets_the_minimum(kind: str):
             10**300,
             float("nan"),
         ):
-            if kind == "char" and wrong == 1 and type(wrong) is int and least == 1:
-                continue
             with pytest.raises(ConfigError) as caught:
                 train_tokenizer(unread(), kind, wrong, special_tokens=specials)  # type: ignore[arg-type]
             error = caught.value
@@ -224,7 +222,7 @@ def test_an_unknown_token_of_a_usual_name_is_not_doubled(name: str):
     for kind in ("wordpiece", "unigram", "char"):
         made = train_tokenizer(PROSE[:2], kind, 300, special_tokens=[name])  # type: ignore[arg-type]
         assert len(made.special_ids) == 1 and made.unk_id == made.special_id(name) == 0
-        assert made.encode("\U00010330") == [0] or kind == "unigram" and 0 in made.encode("\U00010330")
+        assert made.encode("\U00010330") == [0] or (kind == "unigram" and 0 in made.encode("\U00010330"))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
@@ -285,7 +283,7 @@ def test_control_tokens_in_the_training_text_stay_text(kind: str):
     names = ("<|endoftext|>", "<|user|>")
     text = "<|user|> hello <|endoftext|><|user|> yes<|endoftext|> " * 300
     made = train_tokenizer([text], kind, 420, special_tokens=names)  # type: ignore[arg-type]
-    for sample in (text[:500], *names, " <|user|>", "a<|endoftext|>b"):
+    for sample in (text[:500], *names, " <|user|>", "l<|endoftext|>h"):
         ids = made.encode(sample)
         assert not (made.special_ids - {made.unk_id}).intersection(ids) and len(ids) > 1
         assert made.unk_id is None or made.unk_id not in ids
@@ -380,7 +378,7 @@ def test_one_text_of_a_list_or_of_a_generator_is_the_same():
 
 
 PEAK = """
-import os, resource, sys
+import os, sys
 from headway.text import train, train_tokenizer
 kind, budget, megabytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 train._BUDGET = budget
@@ -391,7 +389,9 @@ def stream():
         yield " ".join(letters[i : i + 10] for i in range(0, len(letters), 11))
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # ru_maxrss would begin with the parent's.
+    rows = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(rows["VmHWM"].split()[0]) // 1024
 
 train_tokenizer(["warm up"], kind, 300)
 before = peak()

@@ -136,7 +136,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor
 
     if how.dropout:
         raise ConfigError("attention.dropout and backend", "flex has no dropout", "backend sdpa or naive")
+    if not q.is_cuda and q.requires_grad:
+        raise ConfigError("gradients and backend", "flex has none on CPU", "backend sdpa or naive")
     visible = mask.tensor(q.shape[2], k.shape[2], q.device)
+    if visible is not None:
+        visible = visible.expand(-1, -1, q.shape[2], k.shape[2])
 
     def change(score: Tensor, b: Tensor, n: Tensor, t: Tensor, s: Tensor) -> Tensor:
         if how.softcap is not None:

@@ -137,11 +137,12 @@ class Cache:
         """Reserve room for new tokens; per window, the positions (B, S) of the keys they may see (-1: none)."""
         T = positions.shape[1]
         start = self.length if real is None else None
-        longest = (int(self.lengths.max()) if self.length is None else self.length) + T
-        if longest > self.max_len and (real is None or int(self.lengths.max() + real.sum(1).max()) > self.max_len):
+        after = self.lengths + (T if real is None else real.sum(1))
+        longest = int(after.max()) if start is None else start + T
+        if longest > self.max_len:
             raise BugError("cache", f"{longest} tokens", f"at most {self.max_len}")
         seen = {window: slots.begin(positions, real, start) for window, slots in self.groups.items()}
-        self.lengths = self.lengths + (T if real is None else real.sum(1))
+        self.lengths = after
         self.length = start + T if start is not None else None
         return seen
 

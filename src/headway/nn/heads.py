@@ -96,11 +96,13 @@ class ClassificationHead(Head):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, binary cross-entropy (multi) or mean squared error (regression)."""
-        if self.problem == "multi":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        if self.problem == "regression":
-            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        return self._cross_entropy(logits, labels)
+        if self.problem == "single":
+            return self._cross_entropy(logits, labels)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        known, targets = (labels != IGNORED).view_as(wide), labels.to(wide.dtype).view_as(wide)
+        loss = F.binary_cross_entropy_with_logits if self.problem == "multi" else F.mse_loss
+        each = loss(wide, targets.where(known, 0.0), reduction="none")
+        return each.where(known, 0.0).sum() / known.sum().clamp(min=1)
 
 
 class SpanHead(Head):
@@ -116,8 +118,8 @@ class SpanHead(Head):
         return logits if real is None else logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean of the cross-entropies of start and end; labels (B, 2)."""
-        return self._cross_entropy(logits.transpose(1, 2), labels)
+        """Mean of the cross-entropies of start and end, never smoothed: padding must get no mass. Labels (B, 2)."""
+        return cross_entropy(logits.transpose(1, 2), labels)
 
 
 class EmbeddingHead(Head):
@@ -134,7 +136,7 @@ class EmbeddingHead(Head):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Each row must find the other rows of its group among the batch."""
-        unit = F.normalize(logits, dim=-1)
+        unit = F.normalize(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
         scores = unit @ unit.T / self.head.temperature
         itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         positive = (labels[:, None] == labels[None, :]) & ~itself

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from headway.config import ModelConfig
 from headway.errors import ConfigError, InputError
@@ -95,6 +96,11 @@ class Transformer(nn.Module):
         """
         if self.decoder is None:
             raise ConfigError("kind and cache", f"kind {self.config.kind} keeps no cache", "a decoder")
+        has_table = self.embeddings.learned is not None or (
+            self.decoder.rope is not None and not self.decoder.rope.by_length
+        )
+        if has_table and max_len > self.config.max_len:
+            raise ConfigError("cache and max_len", f"room for {max_len} tokens", f"at most {self.config.max_len}")
         heads = (self.config.n_kv_heads, self.config.d_head)
         cache = Cache(self.decoder.windows, batch, max_len, heads, next(self.parameters()))
         if lengths is not None:
@@ -133,6 +139,7 @@ class Transformer(nn.Module):
         if cache is not None:
             positions = cache.next_positions(T, real)
         elif documents is not None:
+            documents = _renumbered(documents)
             positions = _restarted(documents)
         elif real is not None:
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
@@ -166,7 +173,7 @@ class Transformer(nn.Module):
         cache: Cache | None,
     ) -> Output:
         is_last_only = cache is not None and cache.last_only and hidden.shape[1] > 1
-        logits = self.head(pool(hidden, real, "last")[:, None] if is_last_only else hidden, real)
+        logits = self.head(pool(hidden, real, "last")[:, None], None) if is_last_only else self.head(hidden, real)
         loss = None if labels is None else self.head.loss(logits, labels)
         balance = self.balance_loss() if loss is not None and self.training else None
         return Output(loss if balance is None or loss is None else loss + balance, logits, hidden, encoded)
@@ -198,6 +205,12 @@ class Transformer(nn.Module):
         elif inputs.ndim != 2 or inputs.shape[1] == 0:
             raise InputError(field, f"shape {tuple(inputs.shape)}", "(B, T) with T of at least 1")
         return inputs
+
+
+def _renumbered(documents: Tensor) -> Tensor:
+    """A number that comes back after another one is a new document: what lies between would part it. (B, T)."""
+    changed = documents[:, 1:] != documents[:, :-1]
+    return F.pad(changed.long().cumsum(1), (1, 0))
 
 
 def _restarted(documents: Tensor) -> Tensor:
