@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,11 +30,19 @@ MODEL = {"n_layers": SMALL.n_layers, "d_model": SMALL.d_model, "n_heads": SMALL.
 
 
 class Ours:
-    """The recipe for `steps` updates, on the baseline's windows."""
+    """The recipe for `steps` updates, on the baseline's windows; `model` and `train` change fields of it."""
 
-    def __init__(self, data: Tensor, steps: int, batch: int, seed: int) -> None:
-        train = {"steps": steps, "batch_size": batch, "seed": seed}
-        run = RunConfig(model=MODEL, data={"context": SMALL.context}, train=train)
+    def __init__(
+        self,
+        data: Tensor,
+        steps: int,
+        batch: int,
+        seed: int,
+        model: Mapping[str, object] | None = None,
+        train: Mapping[str, object] | None = None,
+    ) -> None:
+        numbers = {"steps": steps, "batch_size": batch, "seed": seed, "dtype": "float32", **(train or {})}
+        run = RunConfig(model={**MODEL, **(model or {})}, data={"context": SMALL.context}, train=numbers)
         config, run = resolve(run, SMALL.vocab, len(data), None)
         torch.manual_seed(seed)
         self.train, self.model = run.train, Transformer(config)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from headway.config import FEED_FORWARD_NAMES, ModelConfig, with_fields
 from headway.errors import ConfigError
-from headway.run_config import dump_yaml, flatten, parse_yaml
+from headway.plain_yaml import dump_yaml, parse_yaml
+from headway.run_config import flatten
 
 CONFIGS = pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
 

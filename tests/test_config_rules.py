@@ -15,7 +15,8 @@ from headway.config import ModelConfig
 from headway.config_rules import MODEL_RULES
 from headway.generation import GenerationOptions
 from headway.generation.options import OPTION_RULES
-from headway.run_config import RUN_RULES, RunConfig, parse_yaml
+from headway.plain_yaml import parse_yaml
+from headway.run_config import RUN_RULES, RunConfig
 
 CONFIGS = pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
 

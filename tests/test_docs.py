@@ -22,7 +22,8 @@ from headway.cli import main as command
 from headway.config import ModelConfig
 from headway.errors import HeadwayError
 from headway.generation import GenerationOptions
-from headway.run_config import RunConfig, load_run, parse_yaml
+from headway.plain_yaml import parse_yaml
+from headway.run_config import RunConfig, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -12,7 +12,18 @@ import headway
 
 SRC = Path(headway.__file__).parent
 # What composes everything stands above the packages: api and launch, and the command.
-ROOT = {"errors", "files", "strict", "config", "config_rules", "run_config", "cost", "machine", "__init__"}
+ROOT = {
+    "errors",
+    "files",
+    "strict",
+    "plain_yaml",
+    "config",
+    "config_rules",
+    "run_config",
+    "cost",
+    "machine",
+    "__init__",
+}
 TOP = {"api", "launch", "__main__"}
 # kernels come first: they are operations on tensors, know no module, and nn calls them.
 ORDER = (

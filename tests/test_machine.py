@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ rates = st.dictionaries(st.integers(1, 512), positive, min_size=1, max_size=6)
     base=rates,
     read=rates,
     copy=rates,
-    numbers=st.tuples(*[st.floats(0, 1e12)] * 4),
+    numbers=st.tuples(positive, positive, st.floats(0, 1e12), positive),
 )
 def test_what_is_kept_comes_back_equal(gemm: Any, base: Any, read: Any, copy: Any, numbers: Any):
     taken, overhead, load, share = numbers
@@ -171,6 +172,7 @@ def test_every_damage_of_every_value_counts_as_no_probe():
     tree = json.loads(dump_json(asdict(made())))
     path = place()
     refused = tried = 0
+    believed: dict[str, str] = {}
     for where in leaves(tree):
         for value in [*WRONG, KeyError]:
             damaged = json.loads(json.dumps(tree))
@@ -190,7 +192,8 @@ def test_every_damage_of_every_value_counts_as_no_probe():
             try:
                 use(probe)
             except Exception as error:
-                pytest.fail(f"{'.'.join(where)} = {value!r} is believed, then {error!r}")
+                believed[f"{'.'.join(where)} = {value!r}"] = f"{error!r:.60}"
+    assert believed == {}
     assert tried > 200 and refused > tried // 2
 
 
@@ -218,7 +221,8 @@ def test_what_is_no_file_counts_as_no_probe(kind: str, measured: list[Probe]):
     if kind == "bytes":
         path.write_bytes(b"\xff\xfe\x00")
     assert machine.cached() is None
-    assert machine.probe() == measured[0]
+    if kind != "fifo":  # writing to one waits for a reader, as everywhere
+        assert machine.probe() == measured[0]
 
 
 def test_a_disk_that_fails_at_any_moment_costs_the_file_only(measured: list[Probe]):
@@ -259,7 +263,7 @@ def test_a_busy_machines_probe_is_believed_for_an_hour(
     changes: dict[str, Any], age: float, believed: bool, measured: list[Probe], monkeypatch: pytest.MonkeyPatch
 ):
     keep(made(taken=5e9, **changes))
-    monkeypatch.setattr(machine.time, "time", lambda: 5e9 + age)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(time=lambda: 5e9 + age))
     kept = machine.cached()
     assert kept is not None and kept.age == max(age, 0)
     machine.probe()
@@ -363,7 +367,7 @@ class Clock:
 )
 def test_the_median_of_a_few_runs(durations: list[float], runs: int, median: float, monkeypatch: pytest.MonkeyPatch):
     clock = Clock(durations)
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     finished: list[int] = []
     seconds = machine._median_seconds(clock.run, lambda: finished.append(clock.runs))
     assert seconds == pytest.approx(median) and clock.runs == runs == len(finished)

@@ -11,7 +11,8 @@ from config_grid import grid
 
 from headway.config import ModelConfig
 from headway.errors import ConfigError
-from headway.run_config import RunConfig, dump_yaml, flatten, load_run, parse_overrides, parse_yaml, put
+from headway.plain_yaml import dump_yaml, parse_yaml
+from headway.run_config import RunConfig, flatten, load_run, parse_overrides, put
 
 NO_ENVIRONMENT: dict[str, str] = {}
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.errors import ConfigError, InputError
-from headway.run_config import RunConfig, dump_yaml, flatten, load_run, parse_overrides, parse_yaml
+from headway.plain_yaml import dump_yaml, parse_yaml
+from headway.run_config import RunConfig, flatten, load_run, parse_overrides
 
 NO_ENVIRONMENT: dict[str, str] = {}
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -179,7 +180,7 @@ def in_child(*paths: Path) -> list[str]:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, *map(str, paths)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=20, env=environment, preexec_fn=limited, check=False
+        command, capture_output=True, text=True, timeout=10, env=environment, preexec_fn=limited, check=False
     )
     assert done.returncode == 0, done.stderr[-500:]
     return done.stdout.splitlines()

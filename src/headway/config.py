@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from headway.config_rules import MODEL_RULES, Rule, check_rules, nearest_multiples, translate
 from headway.errors import ConfigError
@@ -55,7 +56,7 @@ class Checked(Frozen):
         """What a config checks besides its fields and before its rules."""
 
 
-def _tagged(value: object) -> object:
+def as_tagged(value: object) -> object:
     """`"rope"` means `{"type": "rope"}`."""
     return {"type": value} if isinstance(value, str) else value
 
@@ -68,7 +69,7 @@ def as_tuple(value: object) -> object:
 
 
 Reals = Annotated[tuple[PositiveReal, ...], BeforeValidator(as_tuple)]
-Pattern = Annotated[tuple[Mask, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Pattern = Annotated[tuple[Mask, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 
 
 # --- positions -------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ class Llama3Scaling(Frozen):
 Scaling = Annotated[
     NoScaling | LinearScaling | NtkScaling | DynamicScaling | YarnScaling | LongRopeScaling | Llama3Scaling,
     Field(discriminator="type"),
-    BeforeValidator(_tagged),
+    BeforeValidator(as_tagged),
 ]
 
 
@@ -201,7 +202,7 @@ class Rope(Frozen):
 Positions = Annotated[
     NoPositions | Sinusoidal | Learned | Relative | Alibi | Rope,
     Field(discriminator="type"),
-    BeforeValidator(_tagged),
+    BeforeValidator(as_tagged),
 ]
 
 
@@ -221,10 +222,10 @@ class RMSNorm(Frozen):
 
     type: Literal["rmsnorm"] = "rmsnorm"
     eps: PositiveReal = 1e-6
-    offset: Literal[0, 1] = 0
+    offset: Annotated[int, Field(ge=0, le=1)] = 0
 
 
-Norm = Annotated[LayerNorm | RMSNorm, Field(discriminator="type"), BeforeValidator(_tagged)]
+Norm = Annotated[LayerNorm | RMSNorm, Field(discriminator="type"), BeforeValidator(as_tagged)]
 
 
 class Attention(Frozen):
@@ -249,7 +250,7 @@ class Attention(Frozen):
     cross_every: Count = 0
 
 
-def _attention(value: object) -> object:
+def as_attention(value: object) -> object:
     """`attention: full` means `{"pattern": ["full"]}`."""
     return {"pattern": value} if isinstance(value, str | list | tuple) else value
 
@@ -284,12 +285,14 @@ FEED_FORWARD_NAMES: Mapping[str, tuple[str, bool]] = {
 }
 
 
-def _feed_forward(value: object) -> object:
+def as_feed_forward(value: object) -> object:
     """`feed_forward: swiglu` means `{"activation": "silu", "gated": true}`."""
     if isinstance(value, str) and value in FEED_FORWARD_NAMES:
         activation, gated = FEED_FORWARD_NAMES[value]
         return {"activation": activation, "gated": gated}
-    return {"activation": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        raise PydanticCustomError("literal_error", "{expected}", {"expected": ", ".join(FEED_FORWARD_NAMES)})
+    return value
 
 
 # --- embeddings and heads --------------------------------------------------------------------------------------
@@ -385,7 +388,7 @@ class ImageClassification(Frozen):
 Head = Annotated[
     CausalLM | MaskedLM | SequenceClassification | TokenClassification | Span | PooledEmbedding | ImageClassification,
     Field(discriminator="type"),
-    BeforeValidator(_tagged),
+    BeforeValidator(as_tagged),
 ]
 
 
@@ -442,12 +445,12 @@ class ModelConfig(Checked):
     vocab_size: Count
     max_len: Positive
     n_decoder_layers: Count = 0
-    attention: Annotated[Attention, BeforeValidator(_attention)] = Attention()
+    attention: Annotated[Attention, BeforeValidator(as_attention)] = Attention()
     positions: Positions = Rope()
     norm: Norm = RMSNorm()
     placement: Literal["pre", "post", "sandwich"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
-    feed_forward: Annotated[FeedForward, BeforeValidator(_feed_forward)] = FeedForward()
+    feed_forward: Annotated[FeedForward, BeforeValidator(as_feed_forward)] = FeedForward()
     embeddings: Embeddings = Embeddings()
     dropout: Probability = 0.0
     head: Head = CausalLM()
@@ -505,13 +508,13 @@ def derive(fields: dict[str, Any]) -> dict[str, Any]:
     default("d_ff", 4 * d_model if d_model else None)
     if kind == "encoder-decoder":
         default("n_decoder_layers", number("n_layers"))
-    attention = _attention(out.get("attention") or {})
+    attention = as_attention(out.get("attention", {}))
     if isinstance(attention, dict):
         is_pair = kind == "encoder-decoder"
         direction = "causal" if kind == "decoder" else "full"
         out["attention"] = {"pattern": (direction,), "cross_every": int(is_pair), **attention}
     if isinstance(kind, str) and kind in DEFAULT_HEAD:
-        head = _tagged(out.get("head", DEFAULT_HEAD[kind]))
+        head = as_tagged(out.get("head", DEFAULT_HEAD[kind]))
         # The first token of a decoder has seen nothing but itself.
         reads_last = kind == "decoder" and isinstance(head, dict) and head.get("type") == "sequence-classification"
         out["head"] = {"pooling": "last", **head} if reads_last and isinstance(head, dict) else head

@@ -65,6 +65,19 @@ def _scaled(c: ModelConfig, scaling: str) -> bool:
     return _is(c, "positions", "rope") and bool(getattr(c.positions, "scaling").type == scaling)  # noqa: B009
 
 
+def _nearest_head(c: ModelConfig, least: int = 2) -> str:
+    """The head sizes on either side of the given one whose rotary part is even and at least `least`."""
+    fraction = getattr(c.positions, "fraction", 1.0)
+
+    def fits(size: int) -> bool:
+        return int(size * fraction) >= least and int(size * fraction) % 2 == 0
+
+    reach = math.ceil(least / fraction) + 1
+    below = next((size for size in range(c.d_head - 1, max(c.d_head - reach, 0), -1) if fits(size)), None)
+    above = next((size for size in range(c.d_head + 1, c.d_head + 2 * reach) if fits(size)), None)
+    return " or ".join(str(size) for size in (below, above) if size is not None)
+
+
 TEXT_HEADS = ("causal-lm", "masked-lm", "token-classification", "span")
 
 MODEL_RULES: tuple[Rule, ...] = (
@@ -80,7 +93,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c: _is(c, "positions", "rope") and (_rotary(c) % 2 == 1 or _rotary(c) < 2),
         lambda c: f"rotary dimension {_rotary(c)} of d_head {c.d_head} is odd or zero",
         "an even rotary dimension",
-        lambda c: f"d_head={nearest_multiples(c.d_head, 2)} or another positions.fraction",
+        lambda c: f"d_head={_nearest_head(c)} or another positions.fraction",
     ),
     Rule(
         ("positions", "d_model"),
@@ -105,7 +118,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c: _is(c, "positions", "rope") and c.positions.scaling.type in ("ntk", "dynamic") and _rotary(c) < 4,
         lambda c: f"scaling {c.positions.scaling.type} stretches between frequencies, and there is only one",
         "a rotary dimension of at least 4",
-        lambda c: "d_head=4 or positions.scaling={type: linear, factor: 2}",
+        lambda c: f"d_head={_nearest_head(c, 4)} or positions.scaling={{type: linear, factor: 2}}",
     ),
     Rule(
         ("positions.scaling.low_freq_factor", "positions.scaling.high_freq_factor"),
@@ -341,6 +354,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+# What pydantic words as an order to "the value", as something that one can expect.
+_EXPECTED = {
+    "too_short": "at least {min_length} values",
+    "too_long": "at most {max_length} values",
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "text of the form {pattern}",
+}
+
+
 def translate(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> ConfigError:
     """The first of pydantic's findings as one line of ours."""
     # Unknown keys first: a misspelt key also shows up as a missing one, and the spelling is the cause.
@@ -358,9 +381,21 @@ def translate(error: ValidationError, cls: type[BaseModel], prefix: str = "") ->
         return ConfigError(where, "missing", "a value", f"{where}=VALUE")
     if first["type"] in ("union_tag_invalid", "literal_error"):
         expected = str(first["ctx"].get("expected_tags", first["ctx"].get("expected", ""))).replace("'", "")
-        given = first["input"].get("type") if isinstance(first["input"], dict) else first["input"]
+        given = first["input"]["type"] if first["type"] == "union_tag_invalid" else first["input"]
         return ConfigError(
             where, _shown(given) + nearest(str(given), expected.replace(" or ", ", ").split(", ")), expected
         )
+    if first["type"] == "union_tag_not_found":
+        choices = [cls for parent in parents for cls in members(_annotation(parent, path[-1]))]
+        fields = list(dict.fromkeys(name for cls in choices for name in cls.model_fields))
+        for key in first["input"]:
+            if key not in fields:
+                return ConfigError(
+                    f"{where}.{key}", f"unknown key {key!r}{nearest(str(key), fields)}", ", ".join(fields)
+                )
+        tags = [str(_tag(cls)) for cls in choices]
+        return ConfigError(where, _shown(first["input"]), f"a type: {', '.join(tags)}", f"{where}.type={tags[0]}")
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if first["type"] in _EXPECTED:
+        message = _EXPECTED[first["type"]].format(**first["ctx"])
     return ConfigError(where, f"{_shown(first['input'])} ({type(first['input']).__name__})", message)

@@ -10,7 +10,6 @@ command's top level is our own bug (exit code 70).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -84,6 +83,21 @@ class Interrupted(HeadwayError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known word, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    """`; did you mean 'x'?` for the known word the fewest edits away, or an empty string where none is near."""
+    word = word[:80]
+    # The same letters in another order are one slip, not two.
+    distances = {name: edits(word, name) - (sorted(word) == sorted(name)) for name in known}
+    best = min(distances, key=lambda name: distances[name], default="")
+    # A third of the letters may be wrong, two of a short word, one of a word of three.
+    is_near = best and distances[best] <= max(len(best) // 3, min(len(best) // 2, 2))
+    return f"; did you mean {best!r}?" if is_near else ""
+
+
+def edits(left: str, right: str) -> int:
+    """Letters to put in, leave out or replace to make one word of the other (Levenshtein, 1966)."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        above, row = row, [i]
+        for j, b in enumerate(right, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
+    return row[-1]

@@ -23,7 +23,8 @@ from headway.cost import parameters, training_flops
 from headway.data import Corpus, PackedBatches, Prepared, ReadOptions, open_corpus, prepare
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError
 from headway.nn import Transformer
-from headway.run_config import Data, RunConfig, dump_yaml
+from headway.plain_yaml import dump_yaml
+from headway.run_config import Data, RunConfig
 from headway.text import Tokenizer, train_tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.loop import Hooks, Result, Resume, Trainer

@@ -262,16 +262,31 @@ def cached(device: str = "cpu") -> Probe | None:
 
 
 def _parse(tree: object, where: str) -> Probe:
+    """A probe from what a file holds; every figure is a number that can be divided by."""
+
+    def above(value: object, *, or_zero: bool = False) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or (value == 0 and not or_zero):
+            raise ValueError(value)
+        return float(value)
+
     def rates(value: object) -> dict[int, float]:
-        assert isinstance(value, dict)
-        return {int(count): float(rate) for count, rate in value.items()}
+        assert isinstance(value, dict) and value
+        return {int(above(int(count))): above(rate) for count, rate in value.items()}
 
     try:
-        assert isinstance(tree, dict)
-        gemm = {name: rates(value) for name, value in tree["gemm"].items()}
-        assert gemm["float32"] and tree["read"] and tree["copy"]
-        plain = {name: tree[name] for name in ("cpu", "cores", "torch", "device", "taken", "overhead", "load", "share")}
-        return Probe(gemm=gemm, read=rates(tree["read"]), copy=rates(tree["copy"]), **plain)
+        assert isinstance(tree, dict) and all(type(tree[name]) is str for name in ("cpu", "torch", "device"))
+        assert type(tree["cores"]) is int
+        gemm = {str(name): rates(value) for name, value in tree["gemm"].items()}
+        return Probe(
+            *(tree["cpu"], int(above(tree["cores"])), tree["torch"], tree["device"]),
+            taken=above(tree["taken"], or_zero=True),
+            gemm={"float32": gemm["float32"], **gemm},
+            read=rates(tree["read"]),
+            copy=rates(tree["copy"]),
+            overhead=above(tree["overhead"], or_zero=True),
+            load=above(tree["load"], or_zero=True),
+            share=above(tree["share"], or_zero=True),
+        )
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         raise InputError(where, "not a machine probe", "what headway doctor --probe writes") from None
 

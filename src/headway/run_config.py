@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import yaml
 from pydantic import BeforeValidator, Field
 
-from headway.config import Checked, Count, Frozen, ModelConfig, Positive, PositiveReal, Probability, as_tuple
+from headway.config import (
+    Checked,
+    Count,
+    Frozen,
+    ModelConfig,
+    Positive,
+    PositiveReal,
+    Probability,
+    as_attention,
+    as_feed_forward,
+    as_tagged,
+    as_tuple,
+)
 from headway.config_rules import Rule, nearest_multiples
-from headway.errors import ConfigError, InputError, nearest
+from headway.errors import ConfigError, nearest
+from headway.plain_yaml import parse_yaml, read_yaml
 
 ENV_PREFIX = "HEADWAY__"
 Objective = Literal["causal-lm"]
@@ -155,7 +167,7 @@ class RunConfig(Checked):
 
 
 # Enough of a model for the fields that a user gave to be checked before data and tokenizer are known.
-_PROBE = {"d_model": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 2**40, "max_len": 8}
+_PROBE = {"d_model": 8, "n_layers": 1, "vocab_size": 2**40, "max_len": 8}
 
 
 def check_model_fields(fields: Mapping[str, object]) -> None:
@@ -169,63 +181,21 @@ def check_model_fields(fields: Mapping[str, object]) -> None:
     if "depth" in fields and (type(depth) is not int or not 0 < depth <= 1024):
         raise ConfigError("model.depth", f"{depth!r} ({type(depth).__name__})", "an integer from 1 to 1024")
     given = {key: value for key, value in fields.items() if key != "depth"}
-    if "d_model" in given and "n_heads" not in given:
-        given["n_heads"] = 1
     probe: dict[str, Any] = {**_PROBE, **({"vocab_size": 0} if given.get("kind") == "vision" else {}), **given}
+    probe.setdefault("n_heads", given.get("n_kv_heads", 1))
+    if not {"d_model", "n_heads"} <= set(given):  # sizes left open are not held against those that are given
+        probe.setdefault("d_head", 64)
     try:
         ModelConfig(**probe)
     except ConfigError as error:
         where = " and ".join(f"model.{name}" for name in error.where.split(" and "))
-        raise ConfigError(where, error.found, error.expected, error.fix) from None
+        fix = re.sub(
+            r"(?<![\w.])(?=[a-z_]+(\.[a-z_]+)*=)", "model.", error.fix
+        )  # `kind=decoder` -> `model.kind=decoder`
+        raise ConfigError(where, error.found, error.expected, fix) from None
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-3` is a number (YAML 1.2) and a key may stand only once."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-# YAML 1.1 reads `on`, `yes` and dates as non-strings; only true and false mean booleans here.
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in rows if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
-    ]
-    for first, rows in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tfTF"))
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    text = str(node.value).replace("_", "")
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) and len(text) < 400 else float(text)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        if key in out:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
-        out[key] = loader.construct_object(value_node, deep=True)
-    return out
-
-
-def _float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    text = str(node.value).lower()
-    if text.lstrip("+-") in (".inf", ".nan"):
-        return float(text.replace(".", ""))
-    return _number(loader, node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:float", _float)
-_Loader.add_constructor("tag:yaml.org,2002:int", _number)
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 class Resolved(NamedTuple):
@@ -235,30 +205,9 @@ class Resolved(NamedTuple):
     origins: dict[str, str]
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML without tags, aliases to code, or duplicate keys. Raises ConfigError with the line."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
-        raise ConfigError(f"{where}{line}", f"not plain YAML: {problem}", "key: value lines without tags") from None
-
-
-def _lines(text: str) -> dict[str, int]:
-    """Dotted key -> line number, for error messages."""
-    out: dict[str, int] = {}
-
-    def visit(node: yaml.Node | None, path: str) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = f"{path}.{key.value}" if path else str(key.value)
-                out[here] = key.start_mark.line + 1
-                visit(value, here)
-
-    visit(yaml.compose(text, _Loader), "")
-    return out
+# What a word alone means where keys are expected.
+SHORTHANDS: Mapping[str, Callable[[object], object]] = {"attention": as_attention, "feed_forward": as_feed_forward}
+_SECTIONS = ("model", "data", "tokenizer", "train")
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -276,11 +225,12 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def put(tree: dict[str, Any], dotted: str, value: object) -> None:
     """Set `a.b.c`; a scalar in the way is shorthand for its tag (`positions: rope` + `positions.theta`)."""
     *parents, leaf = dotted.split(".")
-    for name in parents:
-        below = tree.get(name)
-        if isinstance(below, str):
-            below = {"type": below}
-        tree[name] = below if isinstance(below, dict) else {}
+    for depth, name in enumerate(parents, 1):
+        below = SHORTHANDS.get(name, as_tagged)(tree.get(name, {}))
+        if below is not None and not isinstance(below, dict):
+            found = f"{below!r:.60} ({type(below).__name__})"
+            raise ConfigError(".".join(parents[:depth]), found, f"keys and values, as {dotted} is set too")
+        tree[name] = below or {}
         tree = tree[name]
     tree[leaf] = value
 
@@ -309,15 +259,9 @@ def load_run(
     layers: list[tuple[str, dict[str, Any]]] = []
     lines: dict[str, str] = {}
     for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(str(path), str(getattr(error, "strerror", None) or error), "a YAML file") from None
-        tree = parse_yaml(text, str(path)) or {}
-        if not isinstance(tree, dict):
-            raise ConfigError(str(path), f"a {type(tree).__name__}", "a mapping of keys to values")
+        tree, numbers = read_yaml(path)
         layers.append((str(path), flatten(tree)))
-        lines.update({key: f"{path}, line {number}: " for key, number in _lines(text).items()})
+        lines.update({key: f"{path}, line {number}: " for key, number in numbers.items()})
     env = [
         f"{k[len(ENV_PREFIX) :].replace('__', '.').lower()}={v}"
         for k, v in sorted(environment.items())
@@ -328,6 +272,8 @@ def load_run(
     origins: dict[str, str] = {}
     for origin, values in layers:
         for key, value in values.items():
+            if value == {} and key in _SECTIONS:
+                continue  # an empty section takes nothing away
             put(merged, key, value)
             origins[key] = origin
     try:
@@ -337,8 +283,3 @@ def load_run(
         if origins.get(where) not in ("environment", "command line") and where in lines:
             where = lines[where] + where
         raise ConfigError(where, error.found, error.expected, error.fix) from None
-
-
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML in declaration order, as written beside every result."""
-    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=110)

@@ -93,17 +93,14 @@ def find_config(options: Options) -> tuple[ModelConfig, str | None, list[str]]:
 
 def _fields(path: Path) -> dict[str, Any]:
     """The model fields of a YAML or JSON file: the file itself, or its `model` key."""
-    from headway import files
-    from headway.run_config import parse_yaml
+    from headway.plain_yaml import read_yaml
 
-    tree = parse_yaml(files.read_bytes(path, 1 << 24).decode("utf-8", "replace"), str(path))
-    if isinstance(tree, dict) and isinstance(tree.get("model"), dict):
+    tree, _ = read_yaml(path)
+    if isinstance(tree.get("model"), dict):
         tree = tree["model"]
         if "depth" in tree:
             found = f"model.depth={tree['depth']}, from which the sizes follow once data and budget are known"
             raise ConfigError(str(path), found, "explicit sizes", "headway train --dry-run shows what it becomes")
-    if not isinstance(tree, dict):
-        raise ConfigError(str(path), f"a {type(tree).__name__}", "the fields of a model config")
     return tree
 
 

@@ -110,7 +110,8 @@ def read_spec(tree: object, where: str, config: object = None) -> Spec:
     entries = _added_entries(tree, vocab, where)
     roles = _config_roles(config, entries, vocab, f"{where} (tokenizer_config.json)") if config else {}
     roles = roles or _roles(entries, where)
-    unk = model.get("unk_id", vocab.get(str(model.get("unk_token"))))
+    unknown = model.get("unk_token")  # null where the kind spells everything; the text may still hold a word "None"
+    unk = model.get("unk_id", vocab.get(unknown) if isinstance(unknown, str) else None)
     if isinstance(unk, int):
         roles["unk"] = unk
     added = tuple(_added(entry, where) for entry in entries)
