@@ -99,7 +99,7 @@ class Train(Frozen):
     sample_tokens: Count = 64
     threads: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
 
 
 RUN_RULES: tuple[Rule, ...] = (
@@ -149,7 +149,7 @@ class RunConfig(Checked):
     tokenizer: TokenizerConfig = TokenizerConfig()
     train: Train = Train()
     objective: Objective = "causal-lm"
-    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] | None = None
+    budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None
 
     rules: ClassVar = RUN_RULES
@@ -215,10 +215,11 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
         here = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict) and value:
-            out.update(flatten(value, here))
-        else:
-            out[here] = value
+        below = flatten(value, here) if isinstance(value, dict) and value else {here: value}
+        twice = out.keys() & below.keys()
+        if twice:
+            raise ConfigError(min(twice), "stands twice, in two spellings", "one of the two")
+        out.update(below)
     return out
 
 
@@ -275,11 +276,23 @@ def load_run(
             if value == {} and key in _SECTIONS:
                 continue  # an empty section takes nothing away
             put(merged, key, value)
-            origins[key] = origin
+            # A value that replaces a whole section takes the origins of its keys with it.
+            origins = {name: who for name, who in origins.items() if not name.startswith(f"{key}.")} | {key: origin}
     try:
         return Resolved(RunConfig(**merged), origins)
     except ConfigError as error:
-        where = error.where
-        if origins.get(where) not in ("environment", "command line") and where in lines:
-            where = lines[where] + where
-        raise ConfigError(where, error.found, error.expected, error.fix) from None
+        raise ConfigError(
+            _line_of(error.where, lines, origins) + error.where, error.found, error.expected, error.fix
+        ) from None
+
+
+def _line_of(where: str, lines: Mapping[str, str], origins: Mapping[str, str]) -> str:
+    """`FILE, line N: ` of the key that an error names (of a pair, or inside a list: of what stands in a file)."""
+    for key in where.split(" and "):
+        while key:
+            if origins.get(key) in ("environment", "command line"):
+                break
+            if key in lines:
+                return lines[key]
+            key = key.rpartition(".")[0]
+    return ""

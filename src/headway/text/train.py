@@ -35,7 +35,10 @@ MAX_VOCAB = 1_000_000
 MAX_SPECIAL = 256  # characters of a special token
 _PIECE = 4096
 _MAX_UNBROKEN = 64  # pieces without any place to cut: 256 KB of them say all that such text can say
-_BUDGET = 1 << 27
+_BUDGET = 1 << 27  # characters whose words are counted in full
+# What the library's trainers keep beside the counts (85 bytes per character of new words for WordPiece, a suffix array
+# for Unigram) would be gigabytes: an eighth of the characters for these.
+_HEAVY = {"wordpiece": 8, "unigram": 8}
 _ALPHABET_SAMPLE = 1 << 22
 
 
@@ -71,7 +74,7 @@ def train_tokenizer(
         specials = [*specials, unk]
     _check_size(kind, vocab_size, len(specials))
     report = progress or (lambda stage, done: None)
-    stream = _Stream(texts, SPACE if kind == "unigram" else ANYWHERE, report)
+    stream = _Stream(texts, SPACE if kind == "unigram" else ANYWHERE, report, _BUDGET // _HEAVY.get(kind, 1))
     if kind == "byte":
         tree = _byte_tree(specials)
     elif kind == "char":
@@ -132,8 +135,8 @@ def _unknown_token(kind: TrainKind, specials: list[str]) -> str | None:
 class _Stream:
     """The texts as pieces of bounded length, thinned out as they add up; `characters` counts what was read."""
 
-    def __init__(self, texts: Iterable[str], cuts: re.Pattern[str], report: Progress) -> None:
-        self.texts, self.cuts, self.report = texts, cuts, report
+    def __init__(self, texts: Iterable[str], cuts: re.Pattern[str], report: Progress, budget: int) -> None:
+        self.texts, self.cuts, self.report, self.budget = texts, cuts, report, budget
         self.characters = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -147,7 +150,7 @@ class _Stream:
                     unbroken += 1
                     if unbroken > _MAX_UNBROKEN:
                         continue
-                if number % (1 << (self.characters // _BUDGET).bit_length()) == 0:
+                if number % (1 << (self.characters // self.budget).bit_length()) == 0:
                     yield piece
             self.report("read", self.characters)
         if not self.characters:
