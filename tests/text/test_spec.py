@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import tokenizers
@@ -240,3 +241,23 @@ def test_old_files_without_a_model_type():
     made = llama_2_tree()
     made["model"]["merges"] = [" ".join(pair) for pair in made["model"]["merges"]]
     assert Tokenizer(made).encode("hello") == Tokenizer(llama_2_tree()).encode("hello")
+
+
+# A SentencePiece model is a protobuf: field 1 (pieces), length as a varint. Here 2^63 bytes, a cut one, and noise.
+PROTOBUFS = [b"", b"\n\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\n\x0e\n\x05<unk>\x15\x00", bytes(range(256)) * 64]
+
+
+@pytest.mark.fault("T11")
+@pytest.mark.parametrize("content", PROTOBUFS, ids=lambda content: f"{len(content)} bytes")
+def test_a_sentencepiece_model_is_named_and_not_parsed(tmp_path, content):
+    path = tmp_path / "spiece.model"
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"spiece\.model: a SentencePiece model"):
+        Tokenizer.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    renamed = tmp_path / "tokenizer.json"
+    renamed.write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        Tokenizer.load(renamed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from headway.cli.options import Common, option
 from headway.cli.output import Printer, size
-from headway.errors import ConfigError
+from headway.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from headway.config import ModelConfig
@@ -96,6 +96,9 @@ def _fields(path: Path) -> dict[str, Any]:
     from headway.plain_yaml import read_yaml
 
     tree, _ = read_yaml(path)
+    if {"model_type", "architectures", "auto_map"} & set(tree):
+        found = f"a Hugging Face config (model_type {tree.get('model_type')!r:.60})"
+        raise InputError(str(path), found, "the fields of a Headway model config", "docs/vocabulary.md has both names")
     if isinstance(tree.get("model"), dict):
         tree = tree["model"]
         if "depth" in tree:

@@ -84,6 +84,10 @@ class Tokenizer:
             InputError: missing, cut, of wrong types or running unknown patterns; names file and key.
         """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if file.suffix == ".model":
+            files.open_regular(file).close()
+            fix = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json"
+            raise InputError(str(file), "a SentencePiece model", "a tokenizer.json", fix)
         tree = strict_json(files.read_bytes(file, MAX_FILE), str(file))
         beside = file.with_name("tokenizer_config.json")
         known = beside.is_file() and not _has_roles(tree)
