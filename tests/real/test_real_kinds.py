@@ -114,8 +114,8 @@ def test_a_decoder_reads_and_writes_wikipedia(tmp_path: Path, monkeypatch: pytes
     loaded = headway.load(run.folder)
     articles = [f" = {part}" for part in wikitext("test")[:120_000].split("\n = ") if len(part) > 200]
     found = perplexity(loaded.model, [TextTokens.of(loaded.tokenizer.encode(a), loaded.tokenizer) for a in articles])
-    # gzip -9 needs 2.6 bits per byte on these articles; order-0 entropy of the bytes is 4.6.
-    assert found.bits_per_byte.high < 3.0 and found.units == "documents", found
+    # gzip -9 needs 2.88 bits per byte on this text, and the entropy of single bytes is 4.60.
+    assert found.bits_per_byte.high < 2.88 and found.units == "documents", found
     assert found.bits_per_byte.low < found.bits_per_byte.value < found.bits_per_byte.high
     text = headway.generate(loaded, "The city", max_tokens=30, seed=0)[0].text
     assert len(text.split()) > 5
