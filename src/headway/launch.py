@@ -184,7 +184,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
     choice = machine.choose(limits)
     threads = run.train.threads or choice.threads
     torch.set_num_threads(threads)
-    clock = partial(time_step, device=str(device))
+    clock = partial(time_step, device=str(device), isolate=run.data.isolate)
     config, run = resolve(run, tokenizer.vocab_size, len(data.train.tokens), limits, clock)
     # What the budget bought is in train.steps now; a config that states both would be refused when it is read again.
     settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads})}
