@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from headway import machine
+from headway.cli import doctor
+from headway.kernels import native
 
 
 def test_doctor_says_what_is_there(command):
@@ -112,3 +114,10 @@ def test_an_unwritable_cache_only_means_measuring_again(monkeypatch, tmp_path):
     small_probe(monkeypatch, tmp_path)
     monkeypatch.setenv("HEADWAY_CACHE", "/proc/nowhere")
     assert machine.probe().gemm["float32"]
+
+
+def test_it_says_whether_the_kernels_are_built(command, monkeypatch):
+
+    assert doctor.facts()["native_kernels"] == (native.library() is not None)
+    monkeypatch.setattr(doctor.Path, "glob", lambda path, pattern: iter(()))
+    assert "not built" in command("doctor").out

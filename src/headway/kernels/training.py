@@ -209,17 +209,17 @@ class _CausalAttention(torch.autograd.Function):
         G = N // k.shape[1]
         starts = None if starts is None else starts.contiguous()
         q_MGTH, k_MTH, v_MTH = q.reshape(-1, G, T, H), k.reshape(-1, T, H), v.reshape(-1, T, H)
-        weights, out = [], torch.empty_like(q_MGTH)
+        weights, outs = [], []
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
             P = torch.bmm(_rows(q_MGTH, start, end), k_MTH[:, :end].mT)
             block = _Block(len(q), q.shape[1], end - start, end, T, start, scale)
             lib.hw_causal_softmax(address(P), _optional(starts), ctypes.byref(block))
-            out[:, :, start:end] = torch.bmm(P, v_MTH[:, :end]).view(-1, G, end - start, H)
+            outs.append(torch.bmm(P, v_MTH[:, :end]).view(-1, G, end - start, H))
             weights.append(P)
         ctx.save_for_backward(q_MGTH, k_MTH, v_MTH, *weights)
         ctx.scale, ctx.starts = scale, starts
-        return out.view(q.shape)
+        return _joined(outs).view(q.shape)
 
     @staticmethod
     def backward(ctx: Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,21 +228,32 @@ class _CausalAttention(torch.autograd.Function):
         q_MGTH, k_MTH, v_MTH, *weights = ctx.saved_tensors
         _, G, T, H = q_MGTH.shape
         d_MGTH, B = d_out.reshape(q_MGTH.shape), len(d_out)
-        dq, dk, dv = torch.empty_like(q_MGTH), torch.zeros_like(k_MTH), torch.zeros_like(v_MTH)
-        for start, P in zip(range(0, T, BLOCK), weights, strict=True):
+        dqs: list[Tensor] = []
+        dk = dv = k_MTH
+        # The last block comes first: it sees every key, so its products begin the sums of dk and dv.
+        for start, P in reversed([*zip(range(0, T, BLOCK), weights, strict=True)]):
             end = P.shape[2]
             d = _rows(d_MGTH, start, end)
-            dv[:, :end].baddbmm_(P.mT, d)
             dS = torch.bmm(d, v_MTH[:, :end].mT)
             block = _Block(B, d_out.shape[1], end - start, end, T, start, ctx.scale)
             lib.hw_causal_softmax_backward(address(P), address(dS), _optional(ctx.starts), ctypes.byref(block))
-            dq[:, :, start:end] = torch.bmm(dS, k_MTH[:, :end]).view(-1, G, end - start, H)
-            dk[:, :end].baddbmm_(dS.mT, _rows(q_MGTH, start, end))
-        return (*(x.view(B, -1, T, H) for x in (dq, dk, dv)), None, None)
+            dqs.insert(0, torch.bmm(dS, k_MTH[:, :end]).view(-1, G, end - start, H))
+            q = _rows(q_MGTH, start, end)
+            if end == T:
+                dk, dv = torch.bmm(dS.mT, q), torch.bmm(P.mT, d)
+            else:
+                dk[:, :end].baddbmm_(dS.mT, q)
+                dv[:, :end].baddbmm_(P.mT, d)
+        return (*(x.view(B, -1, T, H) for x in (_joined(dqs), dk, dv)), None, None)
 
 
 def _optional(tensor: Tensor | None) -> ctypes.c_void_p | None:
     return None if tensor is None else address(tensor)
+
+
+def _joined(blocks_MGCH: list[Tensor]) -> Tensor:
+    """Blocks of positions side by side; a single one is not copied."""
+    return torch.cat(blocks_MGCH, 2) if len(blocks_MGCH) > 1 else blocks_MGCH[0]
 
 
 def _rows(x_MGTH: Tensor, start: int, end: int) -> Tensor:
