@@ -97,7 +97,7 @@ def bits_per_byte(loss: object, valid: Tensor, windows: int = 1000) -> float:
 
 
 def main() -> None:
-    args = options(__doc__ or "", baseline_steps=2000, steps=200, batch=12, seeds=3)
+    args = options(__doc__ or "", baseline_steps=2000, steps=220, batch=12, seeds=3)
     data, valid = as_tensor(wikitext("train")), as_tensor(wikitext("valid"))
     base = Timed(Loop(SMALL, data, args.baseline_steps), args.baseline_steps)
     short = [Timed(Ours(data, args.steps, args.batch, seed), args.steps) for seed in range(args.seeds)]
