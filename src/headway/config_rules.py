@@ -354,6 +354,12 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _unknown_key(where: str, key: str, known: Sequence[str]) -> ConfigError:
+    """With the nearest name where one is near, else with all names."""
+    hint = nearest(key, known)
+    return ConfigError(where, f"unknown key {key!r}{hint}", "" if hint else f"one of {', '.join(dict.fromkeys(known))}")
+
+
 # What pydantic words as an order to "the value", as something that one can expect.
 _EXPECTED = {
     "too_short": "at least {min_length} values",
@@ -373,10 +379,7 @@ def translate(error: ValidationError, cls: type[BaseModel], prefix: str = "") ->
     where = ".".join(([prefix] if prefix else []) + path)
     known = [name for parent in parents for name in parent.model_fields]
     if first["type"] == "extra_forbidden":
-        key = path[-1]
-        hint = nearest(key, known)
-        fix = f"one of {', '.join(dict.fromkeys(known))}"
-        return ConfigError(where, f"unknown key {key!r}{hint}", "" if hint else fix)
+        return _unknown_key(where, path[-1], known)
     if first["type"] == "missing":
         return ConfigError(where, "missing", "a value", f"{where}=VALUE")
     if first["type"] in ("union_tag_invalid", "literal_error"):
@@ -387,12 +390,10 @@ def translate(error: ValidationError, cls: type[BaseModel], prefix: str = "") ->
         )
     if first["type"] == "union_tag_not_found":
         choices = [cls for parent in parents for cls in members(_annotation(parent, path[-1]))]
-        fields = list(dict.fromkeys(name for cls in choices for name in cls.model_fields))
+        fields = [name for cls in choices for name in cls.model_fields]
         for key in first["input"]:
             if key not in fields:
-                return ConfigError(
-                    f"{where}.{key}", f"unknown key {key!r}{nearest(str(key), fields)}", ", ".join(fields)
-                )
+                return _unknown_key(f"{where}.{key}", str(key), fields)
         tags = [str(_tag(cls)) for cls in choices]
         return ConfigError(where, _shown(first["input"]), f"a type: {', '.join(tags)}", f"{where}.type={tags[0]}")
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

@@ -116,12 +116,8 @@ def keys_seen(config: ModelConfig, layer: int, length: int, *, causal: bool) -> 
     if causal:
         # The first `window` queries see 1, 2, ... window keys, the others `window`.
         return (window * (window + 1) / 2 + (length - window) * window) / length
-    return window if config.window(layer) is None else _two_sided(window, length)
-
-
-def _two_sided(window: int, length: int) -> float:
-    """Mean number of keys closer than `window` on either side."""
-    return sum(min(i + window, length) - max(i - window + 1, 0) for i in range(length)) / length
+    # Closer than `window` on either side, less what lies beyond the two ends.
+    return length if config.window(layer) is None else 2 * window - 1 - window * (window - 1) / length
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:

@@ -189,9 +189,8 @@ def check_model_fields(fields: Mapping[str, object]) -> None:
         ModelConfig(**probe)
     except ConfigError as error:
         where = " and ".join(f"model.{name}" for name in error.where.split(" and "))
-        fix = re.sub(
-            r"(?<![\w.])(?=[a-z_]+(\.[a-z_]+)*=)", "model.", error.fix
-        )  # `kind=decoder` -> `model.kind=decoder`
+        # A model's own error says `kind=decoder`; in a run the key is `model.kind`.
+        fix = re.sub(r"(?<![\w.])(?=[a-z_]+(\.[a-z_]+)*=)", "model.", error.fix)
         raise ConfigError(where, error.found, error.expected, fix) from None
 
 

@@ -23,6 +23,7 @@ from headway.generation.result import FinishReason, Generation, nonfinite
 from headway.generation.sampling import History, adjustments
 from headway.generation.session import Session
 from headway.generation.stream import TextStream
+from headway.nn.precision import wide
 from headway.text.tokenizer import Tokenizer
 
 
@@ -127,7 +128,7 @@ def search(
                 Generation("", [], len(prompt.ids), 0, "error", None, seconds, number, sample, error=error)
                 for sample in range(options.n)
             ]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide(logits)
         for step in adjust:
             logits = step(logits, history)
         parents, tokens = beams.extend(logits.log_softmax(-1))

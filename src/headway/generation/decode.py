@@ -24,6 +24,7 @@ from headway.generation.sampling import Sampler
 from headway.generation.session import Session, inference
 from headway.generation.stream import TextStream
 from headway.nn.model import Transformer
+from headway.nn.precision import wide
 from headway.text.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]
@@ -245,7 +246,7 @@ def describe(logits: Tensor, ids: Tensor, best: int) -> Iterator[TokenLogprob]:
 
     (N, V), (N,) -> N rows; a row without a token (-1) is described like token 0 with its id -1.
     """
-    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_p = wide(logits).log_softmax(-1)
     own = log_p.gather(1, ids.clamp(min=0)[:, None])[:, 0].tolist()
     values, places = log_p.topk(min(best, log_p.shape[-1]), -1)
     for token_id, value, row, row_ids in zip(ids.tolist(), own, values.tolist(), places.tolist(), strict=True):

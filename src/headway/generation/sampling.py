@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.generation.options import GenerationOptions
+from headway.nn.precision import wide
 
 NOTHING = float("-inf")
 _BLOCK = 128  # uniforms drawn at once per sequence: one call into the generator per 128 tokens
@@ -204,7 +205,7 @@ class Sampler:
         best, ids = logits.max(-1)
         healthy = best.isfinite()  # a NaN or +inf anywhere is the maximum
         if self.adjustments or not self.is_greedy:
-            ids = self._process(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+            ids = self._process(wide(logits))
         self.history.add(ids)
         return torch.where(healthy, ids, -1)
 

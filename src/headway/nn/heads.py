@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from headway import config as cfg
 from headway.nn.feed_forward import ACTIVATIONS
 from headway.nn.norms import make_norm
+from headway.nn.precision import wide
 
 IGNORED = -100
 
@@ -23,8 +24,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
     (..., V) float, (...) int64 -> scalar. Computed in float32 or wider.
     """
-    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(wide, labels.flatten(), reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
+    flat = wide(logits.flatten(0, -2))
+    total = F.cross_entropy(flat, labels.flatten(), reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
@@ -98,10 +99,10 @@ class ClassificationHead(Head):
         """Cross-entropy, binary cross-entropy (multi) or mean squared error (regression)."""
         if self.problem == "single":
             return self._cross_entropy(logits, labels)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        known, targets = (labels != IGNORED).view_as(wide), labels.to(wide.dtype).view_as(wide)
+        logits = wide(logits)
+        known, targets = (labels != IGNORED).view_as(logits), labels.to(logits.dtype).view_as(logits)
         loss = F.binary_cross_entropy_with_logits if self.problem == "multi" else F.mse_loss
-        each = loss(wide, targets.where(known, 0.0), reduction="none")
+        each = loss(logits, targets.where(known, 0.0), reduction="none")
         return each.where(known, 0.0).sum() / known.sum().clamp(min=1)
 
 
@@ -136,7 +137,7 @@ class EmbeddingHead(Head):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Each row must find the other rows of its group among the batch."""
-        unit = F.normalize(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        unit = F.normalize(wide(logits), dim=-1)
         scores = unit @ unit.T / self.head.temperature
         itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         positive = (labels[:, None] == labels[None, :]) & ~itself

@@ -139,8 +139,7 @@ class Transformer(nn.Module):
         if cache is not None:
             positions = cache.next_positions(T, real)
         elif documents is not None:
-            documents = _renumbered(documents)
-            positions = _restarted(documents)
+            documents, positions = _parted(documents)
         elif real is not None:
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
         else:
@@ -207,15 +206,11 @@ class Transformer(nn.Module):
         return inputs
 
 
-def _renumbered(documents: Tensor) -> Tensor:
-    """A number that comes back after another one is a new document: what lies between would part it. (B, T)."""
-    changed = documents[:, 1:] != documents[:, :-1]
-    return F.pad(changed.long().cumsum(1), (1, 0))
+def _parted(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Documents numbered in order, and positions that begin at zero in each. (B, T) -> (B, T), (B, T).
 
-
-def _restarted(documents: Tensor) -> Tensor:
-    """Positions that begin at zero in every document. (B, T) -> (B, T)."""
+    A number that comes back after another one is a new document: what lies between would part it.
+    """
+    is_first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     order = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    is_first = torch.ones_like(documents, dtype=torch.bool)
-    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return order - torch.where(is_first, order, 0).cummax(1).values
+    return is_first.long().cumsum(1), order - torch.where(is_first, order, 0).cummax(1).values
