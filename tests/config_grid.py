@@ -15,8 +15,8 @@ from typing import Any
 from headway.config import ModelConfig
 from headway.errors import ConfigError
 
-SIZE = 208
-MAX_LEN = 12
+SIZE = 224
+MAX_LEN = 14
 VOCABULARY = 19
 
 PATTERNS: dict[str, list[list[str]]] = {
@@ -77,6 +77,8 @@ def _positions(rng: random.Random, d_head: int) -> dict[str, Any]:
         positions |= {"theta": rng.choice([10000.0, 100.0]), "fraction": fraction}
         positions["layout"] = rng.choice(["half", "interleaved"])
         positions["scaling"] = _scaling(rng, int(d_head * fraction) // 2)
+        positions["layers"] = rng.choice([[True], [True, False]])
+        positions["window_theta"] = rng.choice([None, 50.0])
     return positions
 
 
@@ -85,28 +87,37 @@ def _head(rng: random.Random, kind: str) -> dict[str, Any]:
     match head["type"]:
         case "causal-lm":
             head |= {"bias": rng.choice([False, True]), "softcap": rng.choice([None, 5.0])}
+            head["scale"] = rng.choice([1.0, 0.5])
         case "masked-lm":
-            head |= {"bias": rng.choice([False, True]), "transform": rng.choice([False, True])}
+            head |= {name: rng.choice([False, True]) for name in ("bias", "transform", "transform_bias")}
         case "sequence-classification":
             head["problem"] = rng.choice(["single", "multi", "regression"])
             head["labels"] = 1 if head["problem"] == "regression" else rng.choice([2, 3])
+            head["transform"] = rng.choice(["none", "tanh", "relu", "gelu"])
         case "token-classification" | "image-classification":
             head["labels"] = rng.choice([2, 3])
         case "pooled-embedding":
             head |= {"normalize": rng.choice([True, False]), "temperature": rng.choice([0.05, 1.0])}
+            head |= {"projection": rng.choice([None, 6]), "projection_bias": rng.choice([True, False])}
+            head["transform"] = rng.choice(["none", "tanh"])
     if head["type"] in ("sequence-classification", "image-classification", "pooled-embedding"):
-        head["pooling"] = rng.choice(["first", "last", "mean"])
+        head["pooling"] = rng.choice(["first", "last", "mean", "attention"])
     return head
 
 
 def _embeddings(rng: random.Random, kind: str) -> dict[str, Any]:
     embeddings: dict[str, Any] = {"scale": rng.choice([1.0, 2.5]), "norm": rng.choice([False, True])}
+    embeddings["leads"] = embeddings["norm"] and rng.random() < 0.3
+    embeddings["width"] = rng.choice([None, None, 6]) if kind != "vision" else None
+    if kind == "encoder-decoder" and embeddings["width"] is None and rng.random() < 0.3:
+        embeddings["audio"] = {"bins": rng.choice([3, 5]), "frames": rng.choice([8, 13])}
     if kind == "encoder":
         embeddings["token_types"] = rng.choice([0, 2])
     if kind == "vision":
         size, channels = rng.choice([2, 3]), rng.choice([3, 1])
         image = size * rng.choice([2, 3])
         embeddings["patch"] = {"size": size, "image": image, "channels": channels, "first_token": rng.random() < 0.6}
+        embeddings["patch"] |= {"registers": rng.choice([0, 2]), "bias": rng.choice([True, False])}
     return embeddings
 
 
@@ -116,6 +127,7 @@ def _attention(rng: random.Random, kind: str) -> dict[str, Any]:
         "pattern": pattern,
         "window": rng.choice([1, 3, 5, 64]) if "sliding" in pattern else None,
         "qk_norm": rng.choice(["none", "layernorm", "rmsnorm"]),
+        "qk_norm_over": rng.choice(["head", "all"]),
         "softcap": rng.choice([None, None, 2.0]),
         "scale": rng.choice([None, 0.3]),
         "bias": rng.choice([False, True]),
@@ -133,7 +145,7 @@ def _feed_forward(rng: random.Random) -> dict[str, Any]:
         "balance": rng.choice([0.01, 0.0]),
     }
     return {
-        "activation": rng.choice(["relu", "gelu", "gelu-tanh", "silu", "relu2"]),
+        "activation": rng.choice(["relu", "gelu", "gelu-tanh", "quick-gelu", "silu", "relu2"]),
         "gated": rng.choice([False, True]),
         "bias": rng.choice([False, True]),
         "experts": rng.choice([None, None, experts]),
@@ -155,7 +167,7 @@ def draw(rng: random.Random) -> dict[str, Any]:
     embeddings = _embeddings(rng, kind)
     head = _head(rng, kind)
     embeddings["tied"] = head["type"] in ("causal-lm", "masked-lm") and rng.random() < 0.5
-    placement = rng.choice(["pre", "pre", "post", "sandwich"])
+    placement = rng.choice(["pre", "pre", "post", "sandwich", "inside"])
     can_be_parallel = placement == "pre" and kind != "encoder-decoder"
     ids = [None, 1, VOCABULARY - 1]
     tokens = {name: rng.choice(ids) for name in ("bos", "eos", "pad", "mask", "decoder_start")}
@@ -177,6 +189,7 @@ def draw(rng: random.Random) -> dict[str, Any]:
         "norm": _norm(rng),
         "placement": placement,
         "residual": rng.choice(["sequential", "parallel"]) if can_be_parallel else "sequential",
+        "layer_scale": rng.choice([None, None, 0.1]),
         "feed_forward": _feed_forward(rng),
         "embeddings": embeddings,
         "dropout": rng.choice([0.0, 0.1]),
@@ -222,7 +235,7 @@ def grid() -> tuple[ModelConfig, ...]:
     """The configs of the property tests."""
     seen: set[object] = set()
     chosen = []
-    stream = candidates(20240607)
+    stream = candidates(20240611)
     for _ in range(SIZE):
         best = max(itertools.islice(stream, 10), key=lambda config: newness(config, seen))
         seen |= pairs(best)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -29,8 +29,8 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision"]
 Mask = Literal["causal", "full", "sliding"]
-Activation = Literal["relu", "gelu", "gelu-tanh", "silu", "relu2"]
-Pooling = Literal["first", "last", "mean"]
+Activation = Literal["relu", "gelu", "gelu-tanh", "quick-gelu", "silu", "relu2"]
+Pooling = Literal["first", "last", "mean", "attention"]
 
 
 class Frozen(BaseModel):
@@ -70,6 +70,7 @@ def as_tuple(value: object) -> object:
 
 Reals = Annotated[tuple[PositiveReal, ...], BeforeValidator(as_tuple)]
 Pattern = Annotated[tuple[Mask, ...], Field(min_length=1), BeforeValidator(as_tuple)]
+Switches = Annotated[tuple[bool, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 
 
 # --- positions -------------------------------------------------------------------------------------------------
@@ -190,6 +191,8 @@ class Rope(Frozen):
 
     `layout` half pairs dimension i with i + H/2 (GPT-NeoX, Llama in Hugging Face's form); interleaved pairs
     2i with 2i + 1 (the paper, GPT-J). The two are the same model with permuted projection rows.
+    `layers` says which layers turn at all, repeated over the depth (SmolLM3: three of four, arXiv:2501.18795).
+    `window_theta` is another theta, unscaled, for sliding layers (Gemma 3, ModernBERT).
     """
 
     type: Literal["rope"] = "rope"
@@ -197,6 +200,8 @@ class Rope(Frozen):
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     layout: Literal["half", "interleaved"] = "half"
     scaling: Scaling = NoScaling()
+    layers: Switches = (True,)
+    window_theta: PositiveReal | None = None
 
 
 Positions = Annotated[
@@ -234,14 +239,15 @@ class Attention(Frozen):
     `pattern` is one mask per layer, repeated over the depth; in an encoder-decoder it describes the encoder (the
     decoder is causal wherever the encoder is full). `window` is the number of keys a query sees in a sliding
     layer: itself and the window - 1 before it (causal), or those closer than `window` on either side (full).
-    `scale` None is 1 / sqrt(d_head). `qk_norm` normalises queries and keys per head before positions
-    (arXiv:2302.05442). `softcap` c replaces a score s by c * tanh(s / c) (arXiv:2408.00118).
+    `scale` None is 1 / sqrt(d_head). `qk_norm` normalises queries and keys before positions, per head
+    (arXiv:2302.05442) or over all heads at once (OLMo 2, arXiv:2501.00656). `softcap` c replaces a score s by c * tanh(s / c) (arXiv:2408.00118).
     `cross_every` k: every k-th decoder layer attends to the encoder; 0 for kinds without an encoder.
     """
 
     pattern: Pattern = ("causal",)
     window: Positive | None = None
     qk_norm: Literal["none", "layernorm", "rmsnorm"] = "none"
+    qk_norm_over: Literal["head", "all"] = "head"
     softcap: PositiveReal | None = None
     scale: PositiveReal | None = None
     bias: bool = False
@@ -278,7 +284,7 @@ class FeedForward(Frozen):
 
 
 FEED_FORWARD_NAMES: Mapping[str, tuple[str, bool]] = {
-    **{name: (name, False) for name in ("relu", "gelu", "gelu-tanh", "silu", "relu2")},
+    **{name: (name, False) for name in get_args(Activation)},
     "geglu": ("gelu", True),
     "swiglu": ("silu", True),
     "reglu": ("relu", True),
@@ -299,43 +305,76 @@ def as_feed_forward(value: object) -> object:
 
 
 class Patch(Frozen):
-    """Cut an image of `image` x `image` pixels into `size` x `size` patches (arXiv:2010.11929)."""
+    """Cut an image of `image` x `image` pixels into `size` x `size` patches (arXiv:2010.11929).
+
+    `first_token` puts the [CLS] vector in front, which a head may read; `registers` more learned vectors follow it
+    (DeiT's distillation token, arXiv:2012.12877).
+    """
 
     size: Positive
     image: Positive
     channels: Positive = 3
-    first_token: bool = True  # the [CLS] vector that a classification head may read
+    first_token: bool = True
+    registers: Count = 0
+    bias: bool = True
+
+    @property
+    def extra(self) -> int:
+        """Learned vectors in front of the patches."""
+        return int(self.first_token) + self.registers
 
     @property
     def count(self) -> int:
-        """Positions of one image: its patches, plus the first token."""
-        return (self.image // self.size) ** 2 + int(self.first_token)
+        """Positions of one image: its patches and the learned vectors."""
+        return (self.image // self.size) ** 2 + self.extra
+
+
+class Audio(Frozen):
+    """A log-mel spectrogram of `bins` x `frames` through two convolutions, the second of stride 2 (arXiv:2212.04356)."""
+
+    bins: Positive = 80
+    frames: Positive = 3000
+
+    @property
+    def count(self) -> int:
+        """Positions of one recording."""
+        return (self.frames + 1) // 2
 
 
 class Embeddings(Frozen):
-    """From ids (or patches) to vectors: token + position + token type, scaled, normalised, dropped.
+    """From ids, patches or sound to vectors: token + position + token type, scaled, normalised, dropped.
 
+    In an encoder-decoder the two sides share the token table; positions and norms are each side's own.
     `tied` shares the token table with the output head. `scale` multiplies token vectors (Gemma: sqrt(d_model)).
+    `width` is that of the tables where it is not d_model: a projection follows (ELECTRA, arXiv:2003.10555).
+    `leads` lets `norm` stand for the first block's own norm, which is left out (ModernBERT, arXiv:2412.13663).
     """
 
     tied: bool = False
     scale: PositiveReal = 1.0
     token_types: Count = 0
     norm: bool = False
+    leads: bool = False
+    width: Positive | None = None
     patch: Patch | None = None
+    audio: Audio | None = None
 
     @property
     def patch_count(self) -> int:
-        """Positions that an image takes: one per patch, plus the first token; 0 without a patch front end."""
+        """Positions that an image takes, learned vectors included; 0 without a patch front end."""
         return self.patch.count if self.patch else 0
 
 
 class CausalLM(Frozen):
-    """Logits of the next token at every position; the decoder half of an encoder-decoder has this head too."""
+    """Logits of the next token at every position; the decoder half of an encoder-decoder has this head too.
+
+    `scale` multiplies the states before the output (T5 with a tied table: 1 / sqrt(d_model)).
+    """
 
     type: Literal["causal-lm"] = "causal-lm"
     bias: bool = False
     softcap: PositiveReal | None = None
+    scale: PositiveReal = 1.0
 
 
 class MaskedLM(Frozen):
@@ -343,15 +382,20 @@ class MaskedLM(Frozen):
 
     type: Literal["masked-lm"] = "masked-lm"
     transform: bool = True
+    transform_bias: bool = True
     bias: bool = True
 
 
 class SequenceClassification(Frozen):
-    """One label per sequence, read from the pooled state; `problem` picks the loss."""
+    """One label per sequence, read from the pooled state; `problem` picks the loss.
+
+    `transform` is the activation of a dense layer between the two (BERT's pooler: tanh).
+    """
 
     type: Literal["sequence-classification"] = "sequence-classification"
     labels: Positive = 2
     pooling: Pooling = "first"
+    transform: Literal["none", "tanh", "relu", "gelu"] = "none"
     problem: Literal["single", "multi", "regression"] = "single"
 
 
@@ -369,10 +413,16 @@ class Span(Frozen):
 
 
 class PooledEmbedding(Frozen):
-    """One vector per sequence; contrastive training compares them by cosine over `temperature`."""
+    """One vector per sequence; contrastive training compares them by cosine over `temperature`.
+
+    `transform` tanh is BERT's pooler; `projection` the size of a last linear map (CLIP, arXiv:2103.00020).
+    """
 
     type: Literal["pooled-embedding"] = "pooled-embedding"
     pooling: Pooling = "mean"
+    transform: Literal["none", "tanh"] = "none"
+    projection: Positive | None = None
+    projection_bias: bool = False
     normalize: bool = True
     temperature: PositiveReal = 0.05
 
@@ -430,6 +480,8 @@ class ModelConfig(Checked):
     num_attention_heads, `n_kv_heads` num_key_value_heads (equal to `n_heads`: multi-head; 1: multi-query; between:
     grouped-query), `d_head` head_dim, `d_ff` intermediate_size, `max_len` max_position_embeddings.
     In an encoder-decoder `n_layers` is the encoder's depth and `n_decoder_layers` the decoder's.
+    `placement` and `residual`: see nn/block.py. `layer_scale` is where the learned factor per channel on each residual
+    branch begins (arXiv:2103.17239), None without one.
 
     Raises:
         ConfigError: naming the field (both fields, for a combination that cannot be).
@@ -448,8 +500,9 @@ class ModelConfig(Checked):
     attention: Annotated[Attention, BeforeValidator(as_attention)] = Attention()
     positions: Positions = Rope()
     norm: Norm = RMSNorm()
-    placement: Literal["pre", "post", "sandwich"] = "pre"
+    placement: Literal["pre", "post", "sandwich", "inside"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
+    layer_scale: PositiveReal | None = None
     feed_forward: Annotated[FeedForward, BeforeValidator(as_feed_forward)] = FeedForward()
     embeddings: Embeddings = Embeddings()
     dropout: Probability = 0.0

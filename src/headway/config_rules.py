@@ -170,6 +170,30 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda c: f"embeddings.patch.image={nearest_multiples(c.embeddings.patch.image, c.embeddings.patch.size)}",
     ),
     Rule(
+        ("kind", "embeddings.audio"),
+        lambda c: c.embeddings.audio is not None and c.kind != "encoder-decoder",
+        lambda c: f"kind {c.kind} with an audio front end",
+        "a decoder that writes what the encoder hears",
+        lambda c: "kind=encoder-decoder",
+    ),
+    Rule(
+        ("embeddings.audio", "embeddings.width"),
+        lambda c: (
+            (c.embeddings.audio is not None or c.embeddings.patch is not None)
+            and c.embeddings.width not in (None, c.d_model)
+        ),
+        lambda c: f"width {c.embeddings.width} beside a front end that gives vectors of d_model {c.d_model}",
+        "tables as wide as the model",
+        lambda c: f"embeddings.width={c.d_model}",
+    ),
+    Rule(
+        ("embeddings.leads", "embeddings.norm"),
+        lambda c: c.embeddings.leads and not (c.embeddings.norm and c.placement in ("pre", "sandwich")),
+        lambda c: f"no norm to stand for the first block's (norm {c.embeddings.norm}, placement {c.placement})",
+        "embeddings.norm before a block that begins with a norm",
+        lambda c: "embeddings.norm=true placement=pre",
+    ),
+    Rule(
         ("kind", "vocab_size"),
         lambda c: (c.kind == "vision") != (c.vocab_size == 0),
         lambda c: f"kind {c.kind} with vocab_size {c.vocab_size}",

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headway.config import CausalLM, LayerNorm, Learned, MaskedLM, ModelConfig, Relative
+from headway.config import CausalLM, LayerNorm, Learned, MaskedLM, ModelConfig, PooledEmbedding, Relative
 
 TOKEN_HEADS = ("causal-lm", "masked-lm", "token-classification", "span")
 
@@ -36,8 +36,13 @@ def _stacks(c: ModelConfig) -> Iterator[_Stack]:
         yield _Stack("decoder " if is_pair else "", True, depth, -(-depth // every) if every else 0)
 
 
-def _norm(c: ModelConfig) -> int:
-    return c.d_model * (2 if isinstance(c.norm, LayerNorm) and c.norm.bias else 1)
+def _width(c: ModelConfig) -> int:
+    """Of the tables of tokens, positions and types."""
+    return c.embeddings.width or c.d_model
+
+
+def _norm(c: ModelConfig, size: int = 0) -> int:
+    return (size or c.d_model) * (2 if isinstance(c.norm, LayerNorm) and c.norm.bias else 1)
 
 
 def _matrices(c: ModelConfig) -> dict[str, int]:
@@ -61,23 +66,48 @@ def _active(c: ModelConfig) -> dict[str, int]:
 
 def _head_matrices(c: ModelConfig) -> int:
     """Weights of the head's matrices, the table of a tied head included."""
-    head, D = c.head, c.d_model
+    head, D, W = c.head, c.d_model, _width(c)
     if isinstance(head, CausalLM | MaskedLM):
-        return D * c.vocab_size + (D * D if isinstance(head, MaskedLM) and head.transform else 0)
-    return D * (2 if head.type == "span" else getattr(head, "labels", 0))
+        has_dense = head.transform if isinstance(head, MaskedLM) else W != D
+        return W * c.vocab_size + (D * W if has_dense or W != D else 0)
+    dense = D * D if getattr(head, "transform", "none") != "none" else 0
+    if getattr(head, "pooling", "") == "attention":
+        dense += 2 * D * c.d_head * (c.n_heads + c.n_kv_heads) + D * c.d_ff * (3 if c.feed_forward.gated else 2)
+    if isinstance(head, PooledEmbedding):
+        return dense + D * (head.projection or 0)
+    return dense + D * (2 if head.type == "span" else getattr(head, "labels", 0))
+
+
+def _head_vectors(c: ModelConfig) -> int:
+    """Biases of the head, and the query of an attention pool; its norms are counted as norms."""
+    head, D, ff = c.head, c.d_model, c.feed_forward
+    if isinstance(head, CausalLM | MaskedLM):
+        dense = isinstance(head, MaskedLM) and head.transform and head.transform_bias
+        return (c.vocab_size if head.bias else 0) + (_width(c) if dense else 0)
+    count = D if getattr(head, "transform", "none") != "none" else 0
+    if getattr(head, "pooling", "") == "attention":
+        count += D + _biases(c)["attention"] + ((c.d_ff * (2 if ff.gated else 1) + D) if ff.bias else 0)
+    if isinstance(head, PooledEmbedding):
+        return count + (head.projection or 0) * head.projection_bias
+    return count + (2 if head.type == "span" else getattr(head, "labels", 0))
+
+
+def _biases(c: ModelConfig) -> dict[str, int]:
+    """Biases of one layer's matrices by part."""
+    a, ff, N, K, H = c.attention, c.feed_forward, c.n_heads, c.n_kv_heads, c.d_head
+    attention = ((N + 2 * K) * H if a.bias else 0) + (c.d_model if a.output_bias else 0)
+    copies = ff.experts.experts if ff.experts else 1
+    feed_forward = copies * (c.d_ff * (2 if ff.gated else 1) + c.d_model) if ff.bias else 0
+    return {"attention": attention, "cross-attention": attention, "feed-forward": feed_forward}
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by part; a tied table counts once, as an embedding."""
-    c, a, ff = config, config.attention, config.feed_forward
-    D, F, H, N, K = c.d_model, c.d_ff, c.d_head, c.n_heads, c.n_kv_heads
-    copies = ff.experts.experts if ff.experts else 1
-    biases = {"attention": ((N + 2 * K) * H if a.bias else 0) + (D if a.output_bias else 0)}
-    biases["cross-attention"] = biases["attention"]
-    biases["feed-forward"] = copies * (F * (2 if ff.gated else 1) + D) if ff.bias else 0
-    out: Counter[str] = Counter({"embeddings": _embeddings(c), "norms": _norm(c) if c.embeddings.norm else 0})
-    per_part = _norm(c) * (2 if c.placement == "sandwich" else 1)
-    per_attention = 2 * H if a.qk_norm != "none" else 0
+    c, a = config, config.attention
+    biases = _biases(c)
+    out: Counter[str] = Counter({"embeddings": _embeddings(c)})
+    per_part = _norm(c) * (2 if c.placement == "sandwich" else 1) + (c.d_model if c.layer_scale else 0)
+    per_attention = _query_norms(c)
     for s in _stacks(c):
         counts = {"attention": s.layers, "cross-attention": s.cross, "feed-forward": s.layers}
         for part, weights in _matrices(c).items():
@@ -85,26 +115,37 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         attentions = s.layers + s.cross
         out[s.name + "norms"] += attentions * (per_part + per_attention) + s.layers * per_part
         out[s.name + "norms"] += _norm(c) if c.placement != "post" else 0
+        out[s.name + "norms"] -= _norm(c) if c.embeddings.leads else 0
+        out[s.name + "norms"] += _norm(c, _width(c)) if c.embeddings.norm else 0
         if isinstance(c.positions, Relative):
-            out[s.name + "bias"] += c.positions.buckets * N
-    head = c.head
-    out["head"] = _head_matrices(c) - (D * c.vocab_size if c.embeddings.tied else 0)
-    if isinstance(head, CausalLM | MaskedLM):
-        out["head"] += c.vocab_size if head.bias else 0
-        if isinstance(head, MaskedLM) and head.transform:
-            out["head"] += D
-            out["norms"] += _norm(c)
-    else:
-        out["head"] += out["head"] // D  # a bias per output
+            out[s.name + "bias"] += c.positions.buckets * c.n_heads
+    out["head"] = _head_matrices(c) + _head_vectors(c) - (_width(c) * c.vocab_size if c.embeddings.tied else 0)
+    if isinstance(c.head, MaskedLM) and c.head.transform:
+        out["norms"] += _norm(c, _width(c))
+    if getattr(c.head, "pooling", "") == "attention":
+        out["norms"] += _norm(c) + (_query_norms(c) if a.qk_norm != "none" else 0)
     return {part: count for part, count in out.items() if count}
 
 
+def _query_norms(c: ModelConfig) -> int:
+    """Weights of QK-norm in one attention."""
+    if c.attention.qk_norm == "none":
+        return 0
+    return c.d_head * (c.n_heads + c.n_kv_heads if c.attention.qk_norm_over == "all" else 2)
+
+
 def _embeddings(c: ModelConfig) -> int:
-    D, e = c.d_model, c.embeddings
-    rows = c.vocab_size + e.token_types + (c.max_len + c.positions.offset if isinstance(c.positions, Learned) else 0)
+    D, W, e = c.d_model, _width(c), c.embeddings
+    total, sides = c.vocab_size * W, 1 + (c.kind == "encoder-decoder")
+    if isinstance(c.positions, Learned):
+        lengths = [e.audio.count if e.audio else c.max_len, c.max_len][:sides]
+        total += sum(length + c.positions.offset for length in lengths) * W
+    total += e.token_types * W + (sides * (W + 1) * D if e.width else 0)
     if e.patch is not None:
-        rows += e.patch.channels * e.patch.size**2 + 1 + int(e.patch.first_token)  # the projection and its bias
-    return rows * D
+        total += D * (e.patch.channels * e.patch.size**2 + e.patch.extra + e.patch.bias)
+    if e.audio is not None:
+        total += D * (3 * e.audio.bins + 1) + D * (3 * D + 1)
+    return total
 
 
 def keys_seen(config: ModelConfig, layer: int, length: int, *, causal: bool) -> float:
@@ -134,6 +175,8 @@ def forward_flops(config: ModelConfig, length: int) -> float:
     patch = c.embeddings.patch
     if patch is not None:
         total += 2 * c.d_model * patch.channels * patch.size**2
+    if c.embeddings.audio is not None:  # per position: one of the second convolution, two of the first
+        total += 2 * 3 * c.d_model * (2 * c.embeddings.audio.bins + c.d_model)
     return total + 2 * _head_matrices(c) / (1 if c.head.type in TOKEN_HEADS else length)
 
 

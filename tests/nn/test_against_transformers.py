@@ -86,6 +86,7 @@ def bert_weights(w: Mapping[str, Tensor]) -> Weights:
 def t5_weights(w: Mapping[str, Tensor]) -> Weights:
     """The bias table of a stack stands in its first layer there."""
     out = {"embeddings.tokens.weight": w["shared.weight"], "head.output.weight": w["lm_head.weight"]}
+    out["decoder_embeddings.tokens.weight"] = w["shared.weight"]
     for side in ("encoder", "decoder"):
         bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         out |= {f"{side}.bias.table": w[bias], f"{side}.norm.weight": w[f"{side}.final_layer_norm.weight"]}

@@ -86,6 +86,7 @@ def test_eps_stands_under_the_root() -> None:
 THEIRS = [
     ("relu", "relu"), ("gelu", "gelu"), ("gelu-tanh", "gelu_pytorch_tanh"), ("gelu-tanh", "gelu_new"),
     ("silu", "silu"), ("relu2", "relu2"),
+    ("quick-gelu", "quick_gelu"),
 ]  # fmt: skip
 
 

@@ -180,7 +180,8 @@ class Attention(nn.Module):
             self.kv = nn.Linear(config.d_model, 2 * self.K * H, bias=attention.bias)
         else:
             self.qkv = nn.Linear(config.d_model, (self.N + 2 * self.K) * H, bias=attention.bias)
-        self.q_norm, self.k_norm = (_head_norm(config) for _ in range(2))
+        self.q_norm, self.k_norm = (_query_norm(config, heads) for heads in (self.N, self.K))
+        self.norm_heads = attention.qk_norm_over == "head"
         self.output = nn.Linear(self.N * H, config.d_model, bias=attention.output_bias)
 
     def forward(
@@ -199,11 +200,11 @@ class Attention(nn.Module):
 
     def cross(self, x_BTD: Tensor, encoder_BSD: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
         """Cross-attention: queries from the decoder, keys and values from the encoder, cached after the first call."""
-        q = self.q_norm(self.q(x_BTD).unflatten(-1, (self.N, self.H)))
+        q = self._normalized(self.q_norm, self.q(x_BTD))
         kept = None if cache is None else cache.cross[self.layer]
         if kept is None:
-            k, v = self.kv(encoder_BSD).unflatten(-1, (-1, self.H)).split(self.K, dim=2)
-            kept = (self.k_norm(k), v)
+            k, v = self.kv(encoder_BSD).chunk(2, -1)
+            kept = (self._normalized(self.k_norm, k), v.unflatten(-1, (self.K, self.H)))
             if cache is not None:
                 cache.cross[self.layer] = kept
         return self._mix(q, *kept, mask, None)
@@ -211,13 +212,19 @@ class Attention(nn.Module):
     def _heads(self, qkv_BTX: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The projection as queries, keys and values, normalised per head and turned to their positions."""
         shape = HeadShape(self.N, self.K, self.layout, getattr(self.q_norm, "eps", 0.0))
-        if isinstance(self.q_norm, RMSNormModule) and isinstance(self.k_norm, RMSNormModule):
-            return split_heads(qkv_BTX, angles, (self.q_norm.weight, self.k_norm.weight), shape)
+        if self.norm_heads and isinstance(self.q_norm, RMSNormModule) and isinstance(self.k_norm, RMSNormModule):
+            return split_heads(qkv_BTX, angles, (self.q_norm.scale, self.k_norm.scale), shape)
         if isinstance(self.q_norm, nn.Identity):
             return split_heads(qkv_BTX, angles, None, shape)
-        q, k, v = split_heads(qkv_BTX, None, None, shape)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = qkv_BTX.split([heads * self.H for heads in (self.N, self.K, self.K)], -1)
+        q, k = self._normalized(self.q_norm, q), self._normalized(self.k_norm, k)
+        v = v.unflatten(-1, (self.K, self.H))
         return (q, k, v) if angles is None else (rotate(q, angles, self.layout), rotate(k, angles, self.layout), v)
+
+    def _normalized(self, norm: nn.Module, x_BTX: Tensor) -> Tensor:
+        """(B, T, heads * H) -> (B, T, heads, H), normalised per head or over all of them."""
+        heads: Tensor = x_BTX.unflatten(-1, (-1, self.H))
+        return norm(heads) if self.norm_heads else norm(x_BTX).view_as(heads)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
         how = Scores(self.scale, self.softcap, self.dropout if self.training else 0.0)
@@ -225,12 +232,13 @@ class Attention(nn.Module):
         return out
 
 
-def _head_norm(config: ModelConfig) -> nn.Module:
-    """QK-norm over one head's H dimensions (arXiv:2302.05442), or nothing."""
+def _query_norm(config: ModelConfig, heads: int) -> nn.Module:
+    """QK-norm over one head's H dimensions (arXiv:2302.05442) or over those of all heads, or nothing."""
+    size = config.d_head * (heads if config.attention.qk_norm_over == "all" else 1)
     match config.attention.qk_norm:
         case "rmsnorm":
-            return make_norm(config.d_head, RMSNorm(eps=config.norm.eps))
+            return make_norm(size, RMSNorm(eps=config.norm.eps, offset=getattr(config.norm, "offset", 0)))
         case "layernorm":
-            return make_norm(config.d_head, LayerNorm(eps=config.norm.eps, bias=False))
+            return make_norm(size, LayerNorm(eps=config.norm.eps, bias=False))
         case _:
             return nn.Identity()

@@ -5,6 +5,7 @@ Each part sits on a residual branch, and the placement of the norm is all that p
     pre        x + f(norm(x))              GPT-2, Llama, ViT
     post       norm(x + f(x))              the original Transformer, BERT
     sandwich   x + norm(f(norm(x)))        Gemma 2
+    inside     x + norm(f(x))              OLMo 2
 
     sequential           parallel (arXiv:2204.06745)
     x -> attention -+    x -> attention ----+
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
@@ -37,19 +39,28 @@ class Surroundings(NamedTuple):
     cross_mask: Mask = Mask()
 
 
-class Residual(nn.Module):
-    """The norms and the dropout around one part of a block."""
+PLACES = {"pre": (1, 0, 0), "post": (0, 0, 1), "sandwich": (1, 1, 0), "inside": (0, 1, 0)}
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class Residual(nn.Module):
+    """The norms, the scale and the dropout around one part of a block. `led`: the norm before it is not its own."""
+
+    def __init__(self, config: ModelConfig, *, led: bool = False) -> None:
         super().__init__()
-        places = {"pre": (1, 0, 0), "post": (0, 0, 1), "sandwich": (1, 1, 0)}[config.placement]
+        before, inside, after = PLACES[config.placement]
+        places = (before and not led, inside, after)
         norms = (make_norm(config.d_model, config.norm) if used else nn.Identity() for used in places)
         self.before, self.inside, self.after = norms
+        start = config.layer_scale
+        self.scale = None if start is None else nn.Parameter(torch.full((config.d_model,), start))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def add(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
         """Join the branch's output to the stream."""
-        out: Tensor = self.after(x_BTD + self.dropout(self.inside(branch_BTD)))
+        branch_BTD = self.inside(branch_BTD)
+        if self.scale is not None:
+            branch_BTD = branch_BTD * self.scale
+        out: Tensor = self.after(x_BTD + self.dropout(branch_BTD))
         return out
 
 
@@ -60,7 +71,7 @@ class Block(nn.Module):
         super().__init__()
         self.mask, self.is_parallel = mask, config.residual == "parallel"
         self.attention = Attention(config, layer)
-        self.attention_residual = Residual(config)
+        self.attention_residual = Residual(config, led=config.embeddings.leads and layer == 0)
         self.cross_attention = Attention(config, layer, cross=True) if cross else None
         self.cross_residual = Residual(config) if cross else None
         self.feed_forward = make_feed_forward(config)

@@ -7,12 +7,16 @@ when every label is ignored the loss is zero with zero gradients, never NaN.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headway import config as cfg
-from headway.nn.feed_forward import ACTIVATIONS
+from headway.nn.attention import Attention
+from headway.nn.feed_forward import ACTIVATIONS, FeedForward
+from headway.nn.masks import Mask
 from headway.nn.norms import make_norm
 from headway.nn.precision import wide
 
@@ -38,7 +42,7 @@ class Head(nn.Module):
         return cross_entropy(logits, labels, self.smoothing if self.training else 0.0)
 
 
-def pool(hidden_BTD: Tensor, real: Tensor | None, how: cfg.Pooling) -> Tensor:
+def pool(hidden_BTD: Tensor, real: Tensor | None, how: Literal["first", "last", "mean"]) -> Tensor:
     """One vector per sequence from its real tokens: the first, the last, or their mean. (B, T, D) -> (B, D)."""
     B, T, _ = hidden_BTD.shape
     if real is None:
@@ -51,25 +55,73 @@ def pool(hidden_BTD: Tensor, real: Tensor | None, how: cfg.Pooling) -> Tensor:
     return hidden_BTD[torch.arange(B, device=real.device), index.clamp(0, T - 1)]
 
 
+class AttentionPool(nn.Module):
+    """A learned query asks the whole sequence, a feed-forward network follows (SigLIP, arXiv:2303.15343)."""
+
+    def __init__(self, config: cfg.ModelConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(config.d_model))
+        self.attention = Attention(config, 0, cross=True)
+        self.norm = make_norm(config.d_model, config.norm)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, D)."""
+        query = self.query.expand(len(hidden_BTD), 1, -1)
+        mask = Mask() if real is None else Mask(dense=real[:, None, None, :])
+        x_B1D = self.attention.cross(query, hidden_BTD, mask)
+        out: Tensor = (x_B1D + self.feed_forward(self.norm(x_B1D)))[:, 0]
+        return out
+
+
+class Pool(nn.Module):
+    """One vector per sequence, through a dense layer and an activation where `transform` names one."""
+
+    def __init__(self, config: cfg.ModelConfig, how: cfg.Pooling, transform: str) -> None:
+        super().__init__()
+        self.how = how
+        self.attention = AttentionPool(config) if how == "attention" else None
+        self.dense = nn.Linear(config.d_model, config.d_model) if transform != "none" else None
+        self.activation = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}.get(transform)
+
+    def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, D)."""
+        if self.attention is not None:
+            vectors: Tensor = self.attention(hidden_BTD, real)
+        else:
+            assert self.how != "attention"
+            vectors = pool(hidden_BTD, real, self.how)
+        return vectors if self.dense is None or self.activation is None else self.activation(self.dense(vectors))
+
+
 class LanguageModelHead(Head):
-    """Logits over the vocabulary; `transform` first passes dense, activation and norm (BERT)."""
+    """Logits over the vocabulary; `transform` first passes dense, activation and norm (BERT).
+
+    Where the token table is narrower than the model, the states are first brought to its width.
+    """
 
     def __init__(self, config: cfg.ModelConfig, head: cfg.CausalLM | cfg.MaskedLM) -> None:
         super().__init__()
-        self.softcap = head.softcap if isinstance(head, cfg.CausalLM) else None
-        self.transform = nn.Identity()
-        if isinstance(head, cfg.MaskedLM) and head.transform:
-            self.dense = nn.Linear(config.d_model, config.d_model)
+        width = config.embeddings.width or config.d_model
+        is_masked = isinstance(head, cfg.MaskedLM)
+        self.scale, self.softcap = (1.0, None) if is_masked else (head.scale, head.softcap)
+        self.has_transform = is_masked and head.transform
+        if is_masked and head.transform:
+            self.dense = nn.Linear(config.d_model, width, bias=head.transform_bias)
             self.activation = ACTIVATIONS[config.feed_forward.activation]
-            self.transform_norm = make_norm(config.d_model, config.norm)
-        self.has_transform = isinstance(head, cfg.MaskedLM) and head.transform
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=head.bias)
+            self.transform_norm = make_norm(width, config.norm)
+        self.project = nn.Identity()
+        if width != config.d_model and not self.has_transform:
+            self.project = nn.Linear(config.d_model, width, bias=False)
+        self.output = nn.Linear(width, config.vocab_size, bias=head.bias)
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, V)."""
         if self.has_transform:
             hidden_BTD = self.transform_norm(self.activation(self.dense(hidden_BTD)))
-        logits: Tensor = self.output(hidden_BTD)
+        if self.scale != 1.0:
+            hidden_BTD = hidden_BTD * self.scale
+        logits: Tensor = self.output(self.project(hidden_BTD))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -86,13 +138,14 @@ class ClassificationHead(Head):
         head: cfg.SequenceClassification | cfg.TokenClassification | cfg.ImageClassification,
     ) -> None:
         super().__init__()
-        self.pooling: cfg.Pooling | None = None if isinstance(head, cfg.TokenClassification) else head.pooling
+        by_token = isinstance(head, cfg.TokenClassification)
+        self.pool = None if by_token else Pool(config, head.pooling, getattr(head, "transform", "none"))
         self.problem = head.problem if isinstance(head, cfg.SequenceClassification) else "single"
         self.output = nn.Linear(config.d_model, head.labels)
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, labels), or (B, T, labels) for token classification."""
-        logits: Tensor = self.output(hidden_BTD if self.pooling is None else pool(hidden_BTD, real, self.pooling))
+        logits: Tensor = self.output(hidden_BTD if self.pool is None else self.pool(hidden_BTD, real))
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,13 +179,16 @@ class SpanHead(Head):
 class EmbeddingHead(Head):
     """One vector per sequence, compared within the batch by cosine (InfoNCE, arXiv:1807.03748)."""
 
-    def __init__(self, head: cfg.PooledEmbedding) -> None:
+    def __init__(self, config: cfg.ModelConfig, head: cfg.PooledEmbedding) -> None:
         super().__init__()
         self.head = head
+        self.pool = Pool(config, head.pooling, head.transform)
+        size = head.projection
+        self.project = nn.Linear(config.d_model, size, bias=head.projection_bias) if size else nn.Identity()
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, D)."""
-        vectors = pool(hidden_BTD, real, self.head.pooling)
+        """(B, T, D) -> (B, D), or (B, projection)."""
+        vectors: Tensor = self.project(self.pool(hidden_BTD, real))
         return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,6 +213,6 @@ def make_head(config: cfg.ModelConfig) -> AnyHead:
         case cfg.SequenceClassification() | cfg.TokenClassification() | cfg.ImageClassification() as head:
             return ClassificationHead(config, head)
         case cfg.PooledEmbedding() as head:
-            return EmbeddingHead(head)
+            return EmbeddingHead(config, head)
         case _:
             return SpanHead(config)

@@ -11,6 +11,7 @@ from headway.config import ModelConfig
 from headway.nn.attention import Attention
 from headway.nn.embeddings import Patches
 from headway.nn.feed_forward import FeedForward
+from headway.nn.heads import AttentionPool
 from headway.nn.positions import ScoreBias
 
 
@@ -26,8 +27,8 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
     writers |= {id(m.down) for m in model.modules() if isinstance(m, FeedForward)}
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear):
-                std = scheme.std if scheme.std is not None else 1 / math.sqrt(module.in_features)
+            if isinstance(module, nn.Linear | nn.Conv1d):
+                std = scheme.std if scheme.std is not None else 1 / math.sqrt(module.weight[0].numel())
                 if id(module) in writers:
                     std *= {"plain": 1.0, "scaled": 1 / math.sqrt(2 * depth), "zero": 0.0}[scheme.residual]
                 nn.init.normal_(module.weight, std=std)
@@ -35,7 +36,8 @@ def initialize(model: nn.Module, config: ModelConfig) -> None:
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=scheme.std if scheme.std is not None else 1.0)
-            elif isinstance(module, Patches) and module.first is not None:
-                nn.init.normal_(module.first, std=scheme.std or 0.02)
+            elif isinstance(module, Patches | AttentionPool):
+                for parameter in module.parameters(recurse=False):
+                    nn.init.normal_(parameter, std=scheme.std or 0.02)
             elif isinstance(module, ScoreBias) and hasattr(module, "table"):
                 nn.init.normal_(module.table, std=scheme.std or 0.02)

@@ -38,13 +38,17 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
         self.is_pair = config.kind == "encoder-decoder"
+        self.embeddings = Embeddings(config)
+        # The two sides read one vocabulary; positions and norms are each side's own.
+        shared = self.embeddings.tokens
+        self.decoder_embeddings = Embeddings(config, is_decoder=True, tokens=shared) if self.is_pair else None
         self.encoder = Stack(config, is_decoder=False) if config.kind != "decoder" else None
         self.decoder = Stack(config, is_decoder=True) if config.kind in ("decoder", "encoder-decoder") else None
         self.head = make_head(config)
-        if config.embeddings.tied and isinstance(self.head, LanguageModelHead) and self.embeddings.tokens is not None:
-            self.head.output.weight = self.embeddings.tokens.weight
+        table = (self.decoder_embeddings or self.embeddings).tokens
+        if config.embeddings.tied and isinstance(self.head, LanguageModelHead) and table is not None:
+            self.head.output.weight = table.weight
         initialize(self, config)
 
     def forward(
@@ -57,6 +61,7 @@ class Transformer(nn.Module):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
         labels: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Output:
@@ -69,11 +74,11 @@ class Transformer(nn.Module):
             token_types: (B, T) segment numbers (BERT).
             decoder_input_ids, decoder_attention_mask: (B, T) of an encoder-decoder; ids default to labels shifted
                 right behind `tokens.decoder_start` (teacher forcing).
-            pixel_values: (B, C, height, width) for vision.
+            pixel_values: (B, C, height, width) for vision. input_features: (B, bins, frames) for audio.
             labels: see heads.py. For language models they already stand where they are predicted.
             cache: from `new_cache`; remembers what it has seen.
         """
-        inputs = pixel_values if pixel_values is not None else input_ids
+        inputs = next((x for x in (pixel_values, input_features) if x is not None), input_ids)
         real = None if attention_mask is None else attention_mask.bool()
         if not self.is_pair:
             stack = self.decoder if self.decoder is not None else self.encoder
@@ -96,7 +101,7 @@ class Transformer(nn.Module):
         """
         if self.decoder is None:
             raise ConfigError("kind and cache", f"kind {self.config.kind} keeps no cache", "a decoder")
-        has_table = self.embeddings.learned is not None or (
+        has_table = (self.decoder_embeddings or self.embeddings).learned is not None or (
             self.decoder.rope is not None and not self.decoder.rope.by_length
         )
         if has_table and max_len > self.config.max_len:
@@ -127,15 +132,16 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Embed and pass through one stack."""
         sight = self._sight(inputs, real, documents, cache)
-        x_BTD = self.embeddings(sight.q_positions, inputs, token_types)
+        embeddings = self.embeddings if stack is not self.decoder else self.decoder_embeddings or self.embeddings
+        x_BTD = embeddings(sight.q_positions, inputs, token_types)
         out: Tensor = stack(x_BTD, sight, cache, encoder_BSD, encoder_real)
         return out
 
     def _sight(self, inputs: Tensor, real: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Sight:
         """Positions count real tokens from zero, from the cache's length, or from the start of a document."""
         device = inputs.device
-        patch = self.config.embeddings.patch
-        T = patch.count if inputs.ndim == 4 and patch is not None else inputs.shape[1]
+        front = {3: self.config.embeddings.audio, 4: self.config.embeddings.patch}.get(inputs.ndim)
+        T = front.count if front is not None else inputs.shape[1]
         if cache is not None:
             positions = cache.next_positions(T, real)
         elif documents is not None:
@@ -144,7 +150,7 @@ class Transformer(nn.Module):
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
         else:
             positions = torch.arange(T, device=device)[None]
-        if cache is None and self.config.max_len < T and int(positions.max()) >= self.config.max_len:
+        if cache is None and front is None and self.config.max_len < T and int(positions.max()) >= self.config.max_len:
             raise InputError(
                 "input_ids", f"{int(positions.max()) + 1} positions", f"at most max_len {self.config.max_len}"
             )
@@ -158,7 +164,7 @@ class Transformer(nn.Module):
         if cache is not None and cache.encoder_hidden is not None:
             return cache.encoder_hidden, cache.encoder_real
         assert self.encoder is not None
-        encoded = self._run(self.encoder, self._check(inputs), real, documents, None, None)
+        encoded = self._run(self.encoder, self._check(inputs, is_encoder=True), real, documents, None, None)
         if cache is not None:
             cache.encoder_hidden, cache.encoder_real = encoded, real
         return encoded, real
@@ -191,17 +197,20 @@ class Transformer(nn.Module):
         shifted = torch.cat((labels.new_full((len(labels), 1), start), labels[:, :-1]), 1)
         return shifted.masked_fill(shifted == IGNORED, pad)
 
-    def _check(self, inputs: Tensor | None) -> Tensor:
+    def _check(self, inputs: Tensor | None, *, is_encoder: bool = False) -> Tensor:
         """One sentence instead of an index error deep inside."""
-        field = "pixel_values" if self.config.kind == "vision" else "input_ids"
+        shape = self.config.embeddings
+        sizes: tuple[int, ...] | None = None
+        field = "input_ids"
+        if shape.patch is not None:
+            field, sizes = "pixel_values", (shape.patch.channels, shape.patch.image, shape.patch.image)
+        elif shape.audio is not None and is_encoder:
+            field, sizes = "input_features", (shape.audio.bins, shape.audio.frames)
         if inputs is None:
             raise InputError(field, "missing", f"the input of kind {self.config.kind}")
-        patch = self.config.embeddings.patch
-        if patch is not None:
-            shape = (patch.channels, patch.image, patch.image)
-            if inputs.shape[1:] != shape:
-                raise InputError(field, f"shape {tuple(inputs.shape)}", f"(B, {', '.join(map(str, shape))})")
-        elif inputs.ndim != 2 or inputs.shape[1] == 0:
+        if sizes is not None and inputs.shape[1:] != sizes:
+            raise InputError(field, f"shape {tuple(inputs.shape)}", f"(B, {', '.join(map(str, sizes))})")
+        if sizes is None and (inputs.ndim != 2 or inputs.shape[1] == 0):
             raise InputError(field, f"shape {tuple(inputs.shape)}", "(B, T) with T of at least 1")
         return inputs
 

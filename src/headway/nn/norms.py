@@ -34,10 +34,14 @@ class RMSNorm(nn.Module):
         # With an offset of one (Gemma) the stored weight is the difference from one, so it begins at zero.
         self.weight = nn.Parameter(torch.full((size,), 1.0 - config.offset))
 
+    @property
+    def scale(self) -> Tensor:
+        """The factor per dimension, (size,)."""
+        return self.weight + self.offset if self.offset else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        weight = self.weight + self.offset if self.offset else self.weight
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, self.scale, self.eps)
 
 
 def make_norm(size: int, config: LayerNormConfig | RMSNormConfig) -> nn.Module:

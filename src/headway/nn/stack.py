@@ -35,7 +35,9 @@ class Stack(nn.Module):
         )
         self.norm = make_norm(config.d_model, config.norm) if config.placement != "post" else nn.Identity()
         positions = config.positions
-        self.rope = Rope(positions, config.d_head, config.max_len) if isinstance(positions, RopeConfig) else None
+        self.rope, self.window_rope = _ropes(config, self.windows)
+        turned = positions.layers if isinstance(positions, RopeConfig) else (False,)
+        self.turned = [turned[layer % len(turned)] for layer in range(len(self.blocks))]
         self.bias = (
             ScoreBias(positions, config.n_heads, bidirectional=not is_decoder and config.kind != "decoder")
             if isinstance(positions, Alibi | Relative)
@@ -62,10 +64,7 @@ class Stack(nn.Module):
             cache: remembers keys and values; `sight` then describes the new tokens only.
             encoder_BSD, encoder_real: what cross-attention reads, and which of it is not padding.
         """
-        angles = None
-        if self.rope is not None:
-            length = sight.document_lengths() if cache is None else cache.declared[:, None]
-            angles = self.rope.angles(sight.q_positions, x_BTD, length if self.rope.by_length else None)
+        angles = self._angles(sight, x_BTD, cache)
         masks: dict[tuple[bool, int | None], Mask] = {}
         sights = _sights(sight, cache, self.windows)
         for layer, block in enumerate(self.blocks):
@@ -76,10 +75,21 @@ class Stack(nn.Module):
         cross = Mask(dense=encoder_real[:, None, None, :]) if encoder_real is not None else Mask()
         biases = self._biases(sights, x_BTD)
         for layer, block in enumerate(self.blocks):
-            around = Surroundings(masks, angles, biases.get(id(sights[layer])), cache, encoder_BSD, cross)
+            turn = angles[self.windows[layer] is not None] if self.turned[layer] else None
+            around = Surroundings(masks, turn, biases.get(id(sights[layer])), cache, encoder_BSD, cross)
             x_BTD = block(x_BTD, around)
         out: Tensor = self.norm(x_BTD)
         return out
+
+    def _angles(self, sight: Sight, like: Tensor, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
+        """RoPE's angles for layers that see everything, and for sliding ones."""
+        if self.rope is None or self.window_rope is None:
+            return None, None
+        length = sight.document_lengths() if cache is None else cache.declared[:, None]
+        angles = self.rope.angles(sight.q_positions, like, length if self.rope.by_length else None)
+        if self.window_rope is self.rope:
+            return angles, angles
+        return angles, self.window_rope.angles(sight.q_positions, like)
 
     def _biases(self, sights: list[Sight], like: Tensor) -> dict[int, Tensor]:
         """One score bias per distinct set of keys (a rolling cache holds other keys than a contiguous one)."""
@@ -87,6 +97,18 @@ class Stack(nn.Module):
             return {}
         distinct = {id(sight): sight for sight in sights}
         return {key: self.bias(s.q_positions, s.k_positions, like.dtype) for key, s in distinct.items()}
+
+
+def _ropes(config: ModelConfig, windows: list[int | None]) -> tuple[Rope, Rope] | tuple[None, None]:
+    """The rotary tables of the full and of the sliding layers: the same one, unless these have a theta of their own."""
+    positions = config.positions
+    if not isinstance(positions, RopeConfig):
+        return None, None
+    rope = Rope(positions, config.d_head, config.max_len)
+    if positions.window_theta is None or not any(windows):
+        return rope, rope
+    local = RopeConfig(theta=positions.window_theta, fraction=positions.fraction, layout=positions.layout)
+    return rope, Rope(local, config.d_head, config.max_len)
 
 
 def _sights(sight: Sight, cache: Cache | None, windows: list[int | None]) -> list[Sight]:
