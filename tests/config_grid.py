@@ -94,6 +94,7 @@ def _head(rng: random.Random, kind: str) -> dict[str, Any]:
             head["problem"] = rng.choice(["single", "multi", "regression"])
             head["labels"] = 1 if head["problem"] == "regression" else rng.choice([2, 3])
             head["transform"] = rng.choice(["none", "tanh", "relu", "gelu"])
+            head["bias"] = rng.choice([True, False])
         case "token-classification" | "image-classification":
             head["labels"] = rng.choice([2, 3])
         case "pooled-embedding":
@@ -171,6 +172,7 @@ def draw(rng: random.Random) -> dict[str, Any]:
     can_be_parallel = placement == "pre" and kind != "encoder-decoder"
     ids = [None, 1, VOCABULARY - 1]
     tokens = {name: rng.choice(ids) for name in ("bos", "eos", "pad", "mask", "decoder_start")}
+    tokens["ends"] = rng.choice([[], [2, 3]])
     if kind == "encoder-decoder":
         tokens["decoder_start"] = rng.choice([0, 1])
     return {

@@ -396,6 +396,7 @@ class SequenceClassification(Frozen):
     labels: Positive = 2
     pooling: Pooling = "first"
     transform: Literal["none", "tanh", "relu", "gelu"] = "none"
+    bias: bool = True
     problem: Literal["single", "multi", "regression"] = "single"
 
 
@@ -454,10 +455,11 @@ class Init(Frozen):
 
 
 class Tokens(Frozen):
-    """Ids with a meaning of their own; None where the model has no such token."""
+    """Ids with a meaning of their own; None where the model has no such token. `ends` end a text as `eos` does."""
 
     bos: Count | None = None
     eos: Count | None = None
+    ends: Annotated[tuple[Count, ...], BeforeValidator(as_tuple)] = ()
     pad: Count | None = None
     mask: Count | None = None
     decoder_start: Count | None = None

@@ -89,7 +89,7 @@ def _head_vectors(c: ModelConfig) -> int:
         count += D + _biases(c)["attention"] + ((c.d_ff * (2 if ff.gated else 1) + D) if ff.bias else 0)
     if isinstance(head, PooledEmbedding):
         return count + (head.projection or 0) * head.projection_bias
-    return count + (2 if head.type == "span" else getattr(head, "labels", 0))
+    return count + (2 if head.type == "span" else getattr(head, "labels", 0)) * getattr(head, "bias", True)
 
 
 def _biases(c: ModelConfig) -> dict[str, int]:

@@ -49,7 +49,7 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer, options: GenerationOption
     """The tokens that end a text: the model's end token (else the tokenizer's) and the user's stop_ids."""
     eos = config.tokens.eos if config.tokens.eos is not None else tokenizer.eos_id
     # A tokenizer's end token beyond the model's table can never be said.
-    own = () if options.ignore_eos or eos is None or eos >= config.vocab_size else (eos,)
+    own = () if options.ignore_eos or eos is None or eos >= config.vocab_size else (eos, *config.tokens.ends)
     return frozenset((*own, *options.stop_ids))
 
 

@@ -61,16 +61,19 @@ class AttentionPool(nn.Module):
     def __init__(self, config: cfg.ModelConfig) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(config.d_model))
-        self.attention = Attention(config, 0, cross=True)
+        self.attention = Attention(config, 0)
         self.norm = make_norm(config.d_model, config.norm)
         self.feed_forward = FeedForward(config)
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, D)."""
-        query = self.query.expand(len(hidden_BTD), 1, -1)
-        mask = Mask() if real is None else Mask(dense=real[:, None, None, :])
-        x_B1D = self.attention.cross(query, hidden_BTD, mask)
-        out: Tensor = (x_B1D + self.feed_forward(self.norm(x_B1D)))[:, 0]
+        B, T, _ = hidden_BTD.shape
+        # The query stands in front of the sequence and nobody sees it: one fused projection serves both.
+        whole = torch.cat((self.query.expand(B, 1, -1), hidden_BTD), 1)
+        seen = real if real is not None else torch.ones(B, T, dtype=torch.bool, device=hidden_BTD.device)
+        mask = Mask(dense=F.pad(seen, (1, 0), value=False)[:, None, None, :])
+        x_BD = self.attention(whole, mask, None, None)[:, 0]
+        out: Tensor = x_BD + self.feed_forward(self.norm(x_BD))
         return out
 
 
@@ -141,7 +144,7 @@ class ClassificationHead(Head):
         by_token = isinstance(head, cfg.TokenClassification)
         self.pool = None if by_token else Pool(config, head.pooling, getattr(head, "transform", "none"))
         self.problem = head.problem if isinstance(head, cfg.SequenceClassification) else "single"
-        self.output = nn.Linear(config.d_model, head.labels)
+        self.output = nn.Linear(config.d_model, head.labels, bias=getattr(head, "bias", True))
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, labels), or (B, T, labels) for token classification."""

@@ -168,12 +168,9 @@ class ScoreBias(nn.Module):
 
     def __init__(self, config: cfg.Alibi | cfg.Relative, n_heads: int, *, bidirectional: bool) -> None:
         super().__init__()
-        self.config, self.bidirectional = config, bidirectional
-        self.slopes: Tensor
+        self.config, self.n_heads, self.bidirectional = config, n_heads, bidirectional
         if isinstance(config, cfg.Relative):
             self.table = nn.Parameter(torch.zeros(config.buckets, n_heads))
-        else:
-            self.register_buffer("slopes", alibi_slopes(n_heads).float(), persistent=False)
 
     def forward(self, q_positions: Tensor, k_positions: Tensor, dtype: torch.dtype) -> Tensor:
         """(B|1, T), (B|1, S) -> (B|1, N, T, S)."""
@@ -181,4 +178,5 @@ class ScoreBias(nn.Module):
         if isinstance(self.config, cfg.Relative):
             buckets = relative_buckets(distance, self.config, bidirectional=self.bidirectional)
             return F.embedding(buckets, self.table).permute(0, 3, 1, 2).to(dtype)
-        return -(distance.abs()[:, None].to(dtype) * self.slopes.to(dtype)[None, :, None, None])
+        slopes = alibi_slopes(self.n_heads).to(distance.device, dtype)
+        return -(distance.abs()[:, None].to(dtype) * slopes[None, :, None, None])

@@ -1,0 +1,385 @@
+"""Folders as Hugging Face's libraries write them: config.json and safetensors, one file or shards with an index.
+
+Reading is strict: config and weights must agree to the last tensor (rows F8, F9, K8, K11-K13, K17). Names and layouts
+come from the family's table; writing reads the same table backwards. Tensors that only change their name stay views of
+the mapped file, those that are joined are copied once and their pages given back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway import files
+from headway.checkpoints.tensors import TensorFile, write_tensors
+from headway.config import ModelConfig
+from headway.errors import ConfigError, InputError, MachineError
+from headway.families import Family, families, family_of
+from headway.families._translate import Plan, is_unread, plan, read_config, write_config
+from headway.strict import strict_json
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+MAX_JSON = 1 << 26
+SHARD_BYTES = 5_000_000_000
+_BARE = re.compile(r"[^./\\\0:][^/\\\0:]{0,254}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published model in our terms.
+
+    Attributes:
+        config: ours. weights: ours by name, tied ones shared. family, architecture: whose it is.
+        raw: the config.json as found. notes: what the reader should know.
+        unread: tensors of the file that this model has no use for, kept to be written back.
+    """
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    family: Family
+    architecture: str
+    raw: Mapping[str, Any]
+    notes: list[str] = field(default_factory=list)
+    unread: dict[str, Tensor] = field(default_factory=dict)
+
+
+# --- the files ---------------------------------------------------------------------------------------------------
+
+
+class Tensors:
+    """The tensors of one or several safetensors files, or of a dict, under one roof: shapes at once, data on demand."""
+
+    def __init__(self, where: str, held: Mapping[str, Tensor | TensorFile]) -> None:
+        self.where, self._held = where, held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def place(self, name: str) -> str:
+        """The file that holds a tensor."""
+        held = self._held[name]
+        return str(held.path) if isinstance(held, TensorFile) else self.where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the data."""
+        held = self._held[name]
+        return held.entries[name].shape if isinstance(held, TensorFile) else tuple(held.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        held = self._held[name]
+        return held[name] if isinstance(held, TensorFile) else held
+
+    def release(self, names: Iterable[str]) -> None:
+        """The data of these tensors stands elsewhere now."""
+        for name in names:
+            held = self._held[name]
+            if isinstance(held, TensorFile):
+                held.release(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a folder. Raises InputError."""
+    tree = strict_json(files.read_bytes(path, MAX_JSON), str(path))
+    if not isinstance(tree, dict):
+        raise InputError(str(path), f"a {type(tree).__name__}", "an object")
+    return tree
+
+
+def open_tensors(folder: Path) -> Tensors:
+    """The weights of a folder. Raises InputError: none there, pickles only, an index that does not fit its shards."""
+    if (folder / INDEX).exists():
+        return Tensors(str(folder / INDEX), _shards(folder))
+    if not (folder / WEIGHTS).exists():
+        pickled = next((name for name in PICKLES if (folder / name).exists()), None)
+        if pickled:
+            fix = f"headway convert --unsafe-pickle {folder} DST"
+            raise InputError(str(folder / pickled), "pickled weights, which can run code", WEIGHTS, fix)
+    file = TensorFile(folder / WEIGHTS)
+    return Tensors(str(folder / WEIGHTS), dict.fromkeys(file.entries, file))
+
+
+def _shards(folder: Path) -> dict[str, TensorFile]:
+    """Every tensor's shard by the index, checked both ways."""
+    where = str(folder / INDEX)
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise InputError(f"{where} weight_map", "missing or malformed", "names of tensors with names of files")
+    opened: dict[str, TensorFile] = {}
+    for shard in sorted(set(index.values())):
+        if not _BARE.fullmatch(shard):
+            raise InputError(f"{where} weight_map", f"shard {shard[:80]!r}", "a bare file name in the same folder")
+        opened[shard] = TensorFile(folder / shard)
+        for name in opened[shard].entries:
+            if index.get(name) != shard:
+                owner = index.get(name, "no shard")
+                raise InputError(f"{folder / shard}", f"holds tensor {name[:80]!r}", f"it in {owner} by the index")
+    missing = [name for name, shard in index.items() if name not in opened[shard].entries]
+    if missing:
+        found = f"tensor {missing[0][:80]!r} is not in it"
+        raise InputError(str(folder / index[missing[0]]), found, f"it by {where}")
+    return {name: opened[shard] for name, shard in index.items()}
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, *, dtype: torch.dtype | None = None, allow_nonfinite: bool = False) -> Checkpoint:
+    """A Hugging Face folder as our config and weights.
+
+    Args:
+        dtype: cast the weights to it; by default they stay as stored.
+        allow_nonfinite: accept NaN and infinity among them.
+
+    Raises InputError naming file and key or tensor.
+    """
+    raw = read_json(folder / CONFIG)
+    return translate(raw, open_tensors(folder), str(folder / CONFIG), dtype=dtype, allow_nonfinite=allow_nonfinite)
+
+
+def translate(
+    raw: Mapping[str, Any],
+    tensors: Tensors,
+    where: str,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """Published config and tensors in our terms. Raises InputError; see `read_folder`."""
+    family = family_of(raw, where)
+    config, _, architecture, notes = read_config(family, raw, where)
+    wanted = fitting_plan(family, architecture, config, tensors)
+    unread = check(wanted, family, tensors, where)
+    if dtype is None:
+        notes += _dtype_note(raw, tensors, where)
+    weights: dict[str, Tensor] = {}
+    for rule in wanted.rules:
+        tensor = rule.gather(tensors.__getitem__)
+        names = [name for name, _ in rule.leaves()]
+        if not allow_nonfinite:
+            _check_finite(tensor, names, tensors)
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype is not dtype:
+            tensor = tensor.to(dtype)
+        if len(names) != 1 or tensor.data_ptr() != tensors[names[0]].data_ptr():
+            tensors.release(names)
+        weights |= dict.fromkeys(rule.names, tensor)
+    if unread:
+        notes.append(f"{tensors.where}: {len(unread)} tensors are not read by this model ({', '.join(unread[:3])})")
+    return Checkpoint(config, weights, family, architecture, raw, notes, {name: tensors[name] for name in unread})
+
+
+def fitting_plan(family: Family, architecture: str, config: ModelConfig, tensors: Tensors) -> Plan:
+    """The plan under whichever prefix the file's names have: libraries disagree on `model.` for a bare body."""
+    head = family.heads[architecture]
+    prefixes = dict.fromkeys([head.prefix, "", *(other.prefix for other in family.heads.values())])
+
+    def found(prefix: str) -> int:
+        return sum(name in tensors for name in _body_names(family, prefix))
+
+    best = max(prefixes, key=lambda prefix: (found(prefix), prefix == head.prefix))
+    return plan(family, head, config, best)
+
+
+def _body_names(family: Family, prefix: str) -> list[str]:
+    """The names of the first layer's and outer modules' weights that need no operation."""
+    plain = [node for node in family.weights.values() if isinstance(node, str)]
+    return [prefix + node.replace("{i}", "0").replace("{e}", "0") + end for node in plain for end in (".weight", "")]
+
+
+def check(wanted: Plan, family: Family, tensors: Tensors, where: str) -> list[str]:
+    """Names and shapes against the file. Returns the names that nobody reads.
+
+    Raises InputError: the first misshapen tensor with both shapes, or missing and unexpected ones counted, with five
+    of them and the family whose names they are (K8, F9).
+    """
+    needed = dict(leaf for rule in wanted.rules for leaf in rule.leaves())
+    for name, shape in needed.items():
+        if name in tensors and tensors.shape(name) != shape:
+            raise InputError(
+                tensors.place(name), f"tensor {name} has shape {tensors.shape(name)}", f"{shape} by {where}"
+            )
+    missing = [name for name in needed if name not in tensors]
+    rest = [name for name in tensors if name not in needed]
+    unread = [name for name in rest if is_unread(family, name)]
+    surplus = [name for name in rest if name not in unread and name not in wanted.spare]
+    if missing or surplus:
+        parts = [f"{len(some)} {what} ({', '.join(some[:5])})" for what, some in
+                 (("missing", missing), ("unexpected", surplus)) if some]  # fmt: skip
+        raise InputError(
+            tensors.where, f"tensors: {' and '.join(parts)}", f"the {len(needed)} of {where}", _likely(family, tensors)
+        )
+    for name in rest:
+        kept = wanted.spare.get(name)
+        if kept and not torch.equal(tensors[name], tensors[kept]):
+            found = f"tensor {name} differs from {kept}, although the config ties them"
+            raise InputError(tensors.place(name), found, "equal tensors", f'"tie_word_embeddings": false in {where}')
+    return unread
+
+
+def _likely(family: Family, tensors: Tensors) -> str:
+    """Whose names these are, where they fit another family better."""
+    names = {re.sub(r"\.\d+\.", ".0.", name) for name in tensors}
+
+    def fit(other: Family) -> float:
+        known = {name for head in other.heads.values() for name in _body_names(other, head.prefix)}
+        return len(names & known) / max(len(names), 1)
+
+    best = max(families().values(), key=fit)
+    if best is family or fit(best) <= fit(family):
+        return ""
+    return f'the names look like {best.model_type}: "model_type": "{best.model_type}" with its config'
+
+
+def _check_finite(tensor: Tensor, names: list[str], tensors: Tensors) -> None:
+    """One pass over the sum; the count only where that fails (K11)."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return
+    for name in names:
+        bad = int((~torch.isfinite(tensors[name])).sum())
+        if bad:
+            found = f"tensor {name} holds {bad} values that are NaN or infinite"
+            raise InputError(tensors.place(name), found, "finite weights", "--allow-nonfinite to load them as they are")
+
+
+def _dtype_note(raw: Mapping[str, Any], tensors: Tensors, where: str) -> list[str]:
+    """Config and file may name two dtypes; the file's counts until --dtype says otherwise (K7)."""
+    said = raw.get("dtype", raw.get("torch_dtype"))
+    first = next((tensors[name].dtype for name in tensors if tensors[name].is_floating_point()), None)
+    if said is None or first is None or str(first).removeprefix("torch.") == said:
+        return []
+    return [
+        f"{where} says dtype {said}, the weights are {str(first).removeprefix('torch.')} and stay so (--dtype casts)"
+    ]
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def choose_family(config: ModelConfig, preferred: str | None = None) -> tuple[Family, str]:
+    """The first family and architecture that can express a config; the preferred family first.
+
+    Raises ConfigError with the reason of the nearest one when none can.
+    """
+    known = sorted(
+        families().values(), key=lambda family: (family.model_type != preferred, family.model_type != "llama")
+    )
+    reasons = []
+    for family in known:
+        if family.fixed.get("kind") != config.kind:
+            continue
+        for architecture, head in family.heads.items():
+            if head.fields["head.type"] != config.head.type:
+                continue
+            try:
+                write_config(family, architecture, config)
+                plan(family, head, config)
+                return family, architecture
+            except ConfigError as error:
+                reasons.append(error)
+    if not reasons:
+        raise ConfigError("model", f"no family has kind {config.kind} with head {config.head.type}", "one that has")
+    raise min(reasons, key=lambda error: len(str(error)))
+
+
+def folder_files(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    family: Family,
+    architecture: str,
+    raw: Mapping[str, Any] | None = None,
+    unread: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Iterator[tuple[str, files.Content]]:
+    """(name, content) of each file of a Hugging Face folder for these weights, written lazily.
+
+    Args:
+        raw: the config.json that the model came with; its other keys are kept.
+        unread: tensors that came with it. dtype: cast the weights to it.
+        shard_bytes: a file holds at most so many.
+
+    Raises ConfigError when the family cannot express the config.
+    """
+    head = family.heads[architecture]
+    body = write_config(family, architecture, config)
+    out: dict[str, Tensor] = dict(unread or {})
+    for rule in plan(family, head, config).rules:
+        tensor = weights[rule.names[0]].detach()
+        out |= rule.scatter(tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype))
+    stored = next((tensor.dtype for tensor in out.values() if tensor.is_floating_point()), torch.float32)
+    name = str(stored).removeprefix("torch.")
+    tree = {**_kept(raw, family), **body, "dtype": name, "torch_dtype": name}
+    yield CONFIG, json.dumps(tree, indent=2, sort_keys=True).encode() + b"\n"
+    shards = _split(out, shard_bytes)
+    if len(shards) == 1:
+        yield WEIGHTS, write_tensors(out, {"format": "pt"}, alias=False)
+        return
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for shard_name, shard in zip(names, shards, strict=True):
+        yield shard_name, write_tensors(shard, {"format": "pt"}, alias=False)
+    where = {tensor: shard_name for shard_name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for tensor in out.values())
+    yield INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2).encode() + b"\n"
+
+
+def _kept(raw: Mapping[str, Any] | None, family: Family) -> dict[str, Any]:
+    """Keys of the original config that we do not write ourselves and that still hold."""
+    if not raw or raw.get("model_type") != family.model_type:
+        return {}
+    dropped = {"auto_map", "_name_or_path", "transformers_version", "rope_scaling", "quantization_config"}
+    return {key: value for key, value in raw.items() if key not in dropped}
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Tensors in order, a new shard where the limit would be passed."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def write_folder(target: Path, contents: Iterable[tuple[str, files.Content]], *, overwrite: bool = False) -> None:
+    """A new folder with these files: complete or not there at all.
+
+    Raises MachineError: it exists and is not empty (unless `overwrite`), or the disk refuses.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise MachineError(str(target), "exists and is not empty", "a new folder", "--overwrite, or another name")
+    files.make_dir(target.absolute().parent)
+    temporary = files.temporary_sibling(target.absolute())
+    try:
+        files.make_dir(temporary)
+        for name, content in contents:
+            files.write(temporary / name, content)
+            files.sync(temporary / name)
+        files.sync(temporary)
+        if target.exists():
+            old = files.temporary_sibling(target.absolute())
+            files.rename(target, old)
+            files.rename(temporary, target)
+            files.remove_tree(old)
+        else:
+            files.rename(temporary, target)
+    except BaseException:
+        if temporary.exists():
+            files.remove_tree(temporary)
+        raise
+    files.sync(target.absolute().parent)

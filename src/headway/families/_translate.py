@@ -1,0 +1,231 @@
+"""A published config into ours and back, and the list of tensors that a file of a family must hold."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.config import CausalLM, MaskedLM, ModelConfig
+from headway.errors import ConfigError, InputError
+from headway.families._table import (
+    Choice,
+    Family,
+    Fetch,
+    Head,
+    Node,
+    Op,
+    Shape,
+    chosen,
+    gather,
+    leaves,
+    prefixed,
+    scatter,
+)
+from headway.nn import Transformer
+from headway.run_config import flatten, put
+
+Raw = Mapping[str, Any]
+_NUMBERED = re.compile(r"\b(blocks|experts)\.(\d+)")
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
+
+
+class Described(NamedTuple):
+    """A config.json understood: our config, whose architecture it is, and what was left aside."""
+
+    config: ModelConfig
+    family: Family
+    architecture: str
+    notes: list[str]
+
+
+# --- configs -----------------------------------------------------------------------------------------------------
+
+
+def read_config(family: Family, raw: Raw, where: str) -> Described:
+    """Our config of a published one. Raises InputError naming file, key, what was found and what is known."""
+    architecture = _architecture(family, raw, where)
+    for key, known in family.only.items():
+        if raw.get(key, known) != known:
+            raise InputError(f"{where} {key}", repr(raw[key])[:80], f"{known!r}: the only form of it known here")
+    tree: dict[str, Any] = {}
+    values: dict[str, object] = {**family.fixed}
+    for theirs, key in family.keys.items():
+        value = raw.get(theirs, key.default)
+        if key.names is not None and isinstance(value, str):
+            if value not in key.names:
+                raise InputError(f"{where} {theirs}", repr(value)[:80], f"one of {', '.join(key.names)}")
+            value = key.names[value]
+        if value is not None:
+            values |= dict.fromkeys((key.ours, *key.also), value)
+    for special in family.special:
+        values |= special.read(raw)
+    head = dict(family.heads[architecture].fields)
+    if head["head.type"] not in ("causal-lm", "masked-lm"):
+        values.pop("embeddings.tied", None)  # there is no output to share the table with
+    values = {name: value for name, value in values.items() if not name.startswith("head.")} | _of_head(values, head)
+    for dotted, value in values.items():
+        put(tree, dotted, value)
+    try:
+        config = ModelConfig(**tree)
+    except ConfigError as error:
+        back = {key.ours: theirs for theirs, key in family.keys.items()}
+        place = " and ".join(back.get(part, part) for part in error.where.split(" and "))
+        raise InputError(f"{where} {place}", error.found, error.expected) from None
+    ignored = [key for key in _CODE_KEYS if key in raw]
+    notes = [f"{where}: {', '.join(ignored)} ignored: no code is taken from a file"] if ignored else []
+    return Described(config, family, architecture, notes)
+
+
+def _of_head(values: Mapping[str, object], head: Mapping[str, object]) -> dict[str, object]:
+    """The fields of this head: what the config says of labels concerns only heads that have labels."""
+    known = HEAD_FIELDS[str(head["head.type"])]
+    said = {name: value for name, value in values.items() if name.startswith("head.") and name[5:] in known}
+    return said | dict(head)
+
+
+HEAD_FIELDS: dict[str, frozenset[str]] = {
+    "causal-lm": frozenset(["bias", "softcap", "scale"]),
+    "masked-lm": frozenset(["transform", "transform_bias", "bias"]),
+    "sequence-classification": frozenset(["labels", "problem", "pooling"]),
+    "token-classification": frozenset(["labels"]),
+    "image-classification": frozenset(["labels"]),
+    "pooled-embedding": frozenset(["projection", "pooling"]),
+    "span": frozenset(),
+}
+
+
+def _architecture(family: Family, raw: Raw, where: str) -> str:
+    named = raw.get("architectures") or [next(iter(family.heads))]
+    first = named[0] if isinstance(named, list) and named else named
+    if first not in family.heads:
+        raise InputError(f"{where} architectures", repr(first)[:80], f"one of {', '.join(family.heads)}")
+    return str(first)
+
+
+def write_config(family: Family, architecture: str, config: ModelConfig) -> dict[str, object]:
+    """The config.json of a model of this family. Raises ConfigError naming the fields that the family cannot express."""
+    ours = flatten(config.model_dump(mode="json"))
+    out: dict[str, object] = {"model_type": family.model_type, "architectures": [architecture], **family.only}
+    is_language = isinstance(config.head, CausalLM | MaskedLM)
+    for theirs, key in family.keys.items():
+        if key.ours not in ours or (key.ours == "embeddings.tied" and not is_language):
+            continue
+        value = ours[key.ours]
+        if key.names is not None:
+            value = next((name for name, meant in key.names.items() if meant == value), None)
+        out[theirs] = value
+    try:
+        for special in family.special:
+            out |= special.write(config)
+        again = read_config(family, out, "config.json").config
+    except (InputError, AssertionError, AttributeError, KeyError) as error:
+        raise ConfigError("model", f"{family.model_type} cannot express it ({error})", "another family") from None
+    different = differences(config, again)
+    if different:
+        raise ConfigError(
+            "model", f"{family.model_type} cannot express {', '.join(different[:5])}", "a family that has them"
+        )
+    return out
+
+
+# What a config says of training, not of the function that the weights compute.
+_TRAINING = ("init.", "dropout", "attention.dropout", "feed_forward.experts.balance", "head.temperature", "layer_scale")
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """`field (value against value)` of each field in which two configs compute different functions."""
+    left, right = (flatten(config.model_dump(mode="json")) for config in (one, other))
+    return [
+        f"{name} ({left.get(name)} against {right.get(name)})"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name) and not name.startswith(_TRAINING)
+    ]
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our tensors, all its names (tied ones share it), its shape, and where it stands in the file."""
+
+    names: tuple[str, ...]
+    shape: Shape
+    node: Node
+    config: ModelConfig
+    is_bias: bool
+
+    def leaves(self) -> list[tuple[str, Shape]]:
+        """(name, shape) in the file."""
+        return list(leaves(self.node, self.shape, self.config, is_bias=self.is_bias))
+
+    def gather(self, fetch: Fetch) -> Tensor:
+        """Our tensor; `fetch` gives the file's by name."""
+        return gather(self.node, self.shape, self.config, fetch, is_bias=self.is_bias)
+
+    def scatter(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The file's tensors by name."""
+        return scatter(self.node, tensor, self.config, is_bias=self.is_bias)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of a model in a family's file. `spare` are second names of tied tensors that a file may hold too."""
+
+    rules: list[Rule]
+    spare: dict[str, str]
+
+
+def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = None) -> Plan:
+    """Where each tensor of a model with this config stands in a file; `prefix` in place of the head's."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict(keep_vars=True)
+    owners: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        owners.setdefault(id(tensor), []).append(name)
+    used = head.prefix if prefix is None else prefix
+    table = {name: prefixed(used, node) for name, node in family.weights.items()} | dict(head.weights)
+    rules, spare = [], {}
+    for names in owners.values():
+        found = [(node, bias) for name in names for node, bias in _lookup(table, name)]
+        if not found:
+            raise ConfigError("model", f"{family.model_type} has no place for {names[0]}", "a family that has one")
+        found = [(chosen(node, config), is_bias) for node, is_bias in found]
+        node, is_bias = found[0]
+        rule = Rule(tuple(names), tuple(state[names[0]].shape), node, config, is_bias)
+        rules.append(rule)
+        for other, _ in found[1:]:
+            for (again, _), (kept, _) in zip(leaves(other, rule.shape, config), rule.leaves(), strict=False):
+                spare[again] = kept
+    return Plan(rules, spare)
+
+
+def _lookup(table: Mapping[str, Node], name: str) -> Iterator[tuple[Node, bool]]:
+    """The node of one of our names, with the numbers of layer and expert put in."""
+    numbers = {kind[0] if kind == "experts" else "i": number for kind, number in _NUMBERED.findall(name)}
+    general = _NUMBERED.sub(lambda m: f"{m[1]}.{{{'e' if m[1] == 'experts' else 'i'}}}", name)
+    if general in table:
+        yield _filled(table[general], numbers, ""), False
+        return
+    module, _, suffix = general.rpartition(".")
+    if module in table:
+        yield _filled(table[module], numbers, f".{suffix}"), suffix == "bias"
+
+
+def _filled(node: Node, numbers: Mapping[str, str], suffix: str) -> Node:
+    if isinstance(node, Choice):
+        return Choice(node.field, {value: _filled(one, numbers, suffix) for value, one in node.nodes.items()})
+    if isinstance(node, Op):
+        return Op(tuple(_filled(one, numbers, suffix) for one in node.inner), node.shapes, node.join, node.split)
+    return type(node)(node.format(**numbers) + suffix)
+
+
+def is_unread(family: Family, name: str) -> bool:
+    """Whether a tensor of this name is known to be read by no forward."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in family.unread)

@@ -1,0 +1,25 @@
+"""Marian's translation models, OPUS-MT (Junczys-Dowmunt et al., 2018): the original Transformer, sines split in halves."""
+
+from headway.families._codecs import tokens
+from headway.families._pair import FIXED, UNREAD, alike, heads, keys, scaled, weights
+from headway.families._table import Family
+
+FAMILY = Family(
+    model_type="marian",
+    source="arXiv:1804.00344; Helsinki-NLP/opus-mt-en-de",
+    fixed=FIXED | {"placement": "post", "positions.type": "sinusoidal", "positions.layout": "split"},
+    keys=keys(
+        vocab_size=58101,
+        max_position_embeddings=1024,
+        d_model=1024,
+        encoder_layers=12,
+        decoder_layers=12,
+        encoder_attention_heads=16,
+        encoder_ffn_dim=4096,
+    ),
+    special=(scaled(), alike(), tokens(eos=0, pad=58100, decoder_start=58100)),
+    weights=weights("after", learned=False, embedding_norm=False, final_norm=False),
+    heads=heads("MarianMTModel"),
+    only={"share_encoder_decoder_embeddings": True},
+    unread=(*UNREAD, "model.*.embed_positions.weight"),
+)
