@@ -240,7 +240,8 @@ class Attention(Frozen):
     decoder is causal wherever the encoder is full). `window` is the number of keys a query sees in a sliding
     layer: itself and the window - 1 before it (causal), or those closer than `window` on either side (full).
     `scale` None is 1 / sqrt(d_head). `qk_norm` normalises queries and keys before positions, per head
-    (arXiv:2302.05442) or over all heads at once (OLMo 2, arXiv:2501.00656). `softcap` c replaces a score s by c * tanh(s / c) (arXiv:2408.00118).
+    (arXiv:2302.05442) or over all heads at once (OLMo 2, arXiv:2501.00656). `softcap` c replaces a score s by
+    c * tanh(s / c) (arXiv:2408.00118).
     `cross_every` k: every k-th decoder layer attends to the encoder; 0 for kinds without an encoder.
     """
 
@@ -330,7 +331,7 @@ class Patch(Frozen):
 
 
 class Audio(Frozen):
-    """A log-mel spectrogram of `bins` x `frames` through two convolutions, the second of stride 2 (arXiv:2212.04356)."""
+    """A log-mel spectrogram, `bins` x `frames`, through two convolutions, the second of stride 2 (arXiv:2212.04356)."""
 
     bins: Positive = 80
     frames: Positive = 3000

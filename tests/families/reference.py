@@ -31,6 +31,8 @@ ALSO: dict[str, object] = {
 }  # fmt: skip
 # What a family needs to be itself at all.
 ALWAYS: dict[str, dict[str, Any]] = {
+    # CLIP's text tower pools at the end token; with id 2 the class looks for the highest id instead.
+    "clip_text_model": {"eos_token_id": 60},
     "falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2, "ffn_hidden_size": 48, "alibi": False},
 }
 LONG = {
@@ -49,10 +51,30 @@ SCALED: dict[str, dict[str, Any]] = {
         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     },
 }  # fmt: skip
+UNTIED = {"tie_word_embeddings": False}
 # model_type: {name of the variant: keys of its config}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"biases": {"attention_bias": True, "mlp_bias": True}, "tied": {"tie_word_embeddings": True}}
     | {f"rope-{name}": {"rope_parameters": keys} for name, keys in SCALED.items()},
+    "qwen2": {"windows": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}},
+    "qwen3": {"biases": {"attention_bias": True}},
+    "qwen3_moe": {"normalized": {"norm_topk_prob": True}},
+    "gemma2": {"uncapped": {"attn_logit_softcapping": None, "final_logit_softcapping": None}},
+    "gemma3_text": {"pattern": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}},
+    "phi3": {"longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 8}},
+    "smollm3": {"no-positions": {"no_rope_layer_interval": 2, "no_rope_layers": None}},
+    "starcoder2": {"no-biases": {"use_bias": False}, "no-window": {"sliding_window": None}},
+    "gpt_neox": {"sequential": {"use_parallel_residual": False}},
+    "gpt_bigcode": {"many-kv-heads": {"multi_query": False}},
+    "falcon": {"biases": {"bias": True}},
+    "roberta": {"pad-1": {"pad_token_id": 1}},
+    "electra": {"as-wide": {"embedding_size": 32}},
+    "modernbert": {"biases": {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}},
+    "t5": {"gated": {"feed_forward_proj": "gated-gelu"}, "1.1": {"feed_forward_proj": "gated-gelu"} | UNTIED},
+    "bart": {"scaled": {"scale_embedding": True}},
+    "mbart": {"scaled": {"scale_embedding": True}},
+    "vit": {"no-qkv-bias": {"qkv_bias": False}},
+    "dinov2": {"swiglu": {"use_swiglu_ffn": True}},
 }
 
 
@@ -97,11 +119,14 @@ def config_keys(row: Reference) -> dict[str, Any]:
 def build(row: Reference) -> torch.nn.Module:
     """The random model: every parameter drawn, so that no norm is the identity and no bias is zero."""
     config = CONFIG_MAPPING[row.model_type](**config_keys(row))
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, row.architecture)(config).eval()
+    fixed = {id(p) for m in model.modules() if "Sinusoidal" in type(m).__name__ for p in m.parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
+            if id(parameter) in fixed:
+                continue
             spread = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
             parameter.normal_(float(parameter.ndim == 1), spread)
     return model

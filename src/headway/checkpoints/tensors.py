@@ -92,17 +92,25 @@ def _split_aliases(tensors: Mapping[str, Tensor]) -> tuple[list[str], dict[str, 
         else:
             owners[key] = name
             stored.append(name)
-    return sorted(stored, key=lambda name: (_RANK[dtype_name(tensors[name])], name)), aliases
+    return _file_order(tensors, stored), aliases
 
 
-def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Chunk]:
+def _file_order(tensors: Mapping[str, Tensor], names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: (_RANK[dtype_name(tensors[name])], name))
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, alias: bool = True
+) -> Iterator[Chunk]:
     """The bytes of a safetensors file, chunk by chunk; the same tensors and metadata give the same bytes.
+
+    Without `alias` tied tensors are stored under each name, for readers that do not know our note of them.
 
     Chunks on the CPU are views of the tensors' own memory: no second copy of the model is made, so tensors
     must not change until the last chunk is consumed (folder.BackgroundSaver takes a copy when they may).
     Raises BugError for a dtype that the format cannot hold.
     """
-    names, aliases = _split_aliases(tensors)
+    names, aliases = _split_aliases(tensors) if alias else (_file_order(tensors, list(tensors)), {})
     extra = dict(metadata or {})
     if aliases:
         extra[ALIASES] = json.dumps(aliases, sort_keys=True)
@@ -242,6 +250,37 @@ def _tensor(buffer: mmap.mmap, entry: Entry, start: int) -> Tensor:
     return torch.frombuffer(source, dtype=dtype, count=count, offset=offset).reshape(entry.shape)
 
 
+class TensorFile:
+    """A safetensors file opened for reading: the header checked, the data mapped and not yet touched.
+
+    Attributes: `entries` by name; `metadata`; `path`. Raises InputError for anything malformed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open_regular(path) as file:  # once: a second opening could find another file under that name
+            self.metadata, self.entries, self._start = _read_header(file, str(path))
+            if file.seek(0, 2) != self._start + max((entry.end for entry in self.entries.values()), default=0):
+                raise InputError(str(path), "changed while it was read", "a file that nobody is writing")
+            self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.aliases = _aliases(str(path), self.metadata.get(ALIASES, "{}"), self.entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of this name, a view of the mapped file private to this process. Raises InputError (BOOL data)."""
+        tensor = _tensor(self._buffer, self.entries[name], self._start)
+        if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise InputError(str(self.path), f"tensor {name!r} holds bytes other than 0 and 1", "BOOL data")
+        return tensor
+
+    def release(self, name: str) -> None:
+        """Give the pages of a tensor back that was copied elsewhere; views of it stay valid and read the file again."""
+        entry, page = self.entries[name], mmap.PAGESIZE
+        begin = -(-(self._start + entry.begin) // page) * page
+        end = (self._start + entry.end) // page * page
+        if end > begin:
+            self._buffer.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
 def read_tensors(path: Path, *, copy: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file on the CPU, by name.
 
@@ -250,17 +289,8 @@ def read_tensors(path: Path, *, copy: bool = False) -> dict[str, Tensor]:
     from elsewhere would not, hence `copy` for files that others edit in place.
     Raises InputError naming file and tensor for anything malformed.
     """
-    with open_regular(path) as file:  # once: a second opening could find another file under that name
-        metadata, entries, start = _read_header(file, str(path))
-        if file.seek(0, 2) != start + max((entry.end for entry in entries.values()), default=0):
-            raise InputError(str(path), "changed while it was read", "a file that nobody is writing")
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {name: _tensor(buffer, entry, start) for name, entry in entries.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
-            raise InputError(str(path), f"tensor {name!r} holds bytes other than 0 and 1", "BOOL data")
+    file = TensorFile(path)
+    tensors = {name: file[name] for name in file.entries}
     if copy:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    for name, owner in _aliases(str(path), metadata.get(ALIASES, "{}"), entries).items():
-        tensors[name] = tensors[owner]
-    return tensors
+    return tensors | {name: tensors[owner] for name, owner in file.aliases.items()}

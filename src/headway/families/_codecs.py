@@ -151,15 +151,16 @@ def windows(
     size: int | None = None,
     full: str = "causal",
     inverse: tuple[Callable[[int], int], Callable[[int], int]] = (int, int),
+    switch: str | None = None,
 ) -> Special:
     """Which layers slide: `layer_types`, or `default(their config, layer)` where a file does not say.
 
     `key` names the width, `size` its default; `inverse` turns theirs into our count of visible keys and back. Without
-    `default` every layer slides where a width is given.
+    `default` every layer slides where a width is given. Windows are off unless the key `switch`, if any, is true.
     """
 
     def read(raw: Raw) -> dict[str, object]:
-        width = raw.get(key, size)
+        width = raw.get(key, size) if switch is None or raw.get(switch, False) else None
         depth = next((raw[name] for name in ("num_hidden_layers", "n_layer") if name in raw), 1)
         types = raw.get("layer_types")
         slides = [
@@ -176,6 +177,8 @@ def windows(
         if default is not None:
             slides = [config.window(layer) is not None for layer in range(config.n_layers)]
             out["layer_types"] = ["sliding_attention" if one else "full_attention" for one in slides]
+        if switch is not None:
+            out[switch] = window is not None
         return out
 
     return Special(read, write)
@@ -221,7 +224,7 @@ _TOKENS = {
 
 
 def tokens(**defaults: int | None) -> Special:
-    """Special ids under their usual names; several end tokens are allowed; what lies outside the vocabulary is no id."""
+    """Special ids under their usual names, several end tokens among them; what lies outside the vocabulary is no id."""
 
     def read(raw: Raw) -> dict[str, object]:
         size = raw.get("vocab_size")

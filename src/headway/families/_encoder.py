@@ -82,11 +82,11 @@ def masked_lm(dense: str, norm: str, output: str, bias: str, prefix: str, **fiel
     return Head({"head.type": "masked-lm", **fields}, names, prefix)
 
 
-def width(key: str) -> Special:
+def width(key: str, default: int | None = None) -> Special:
     """The width of the tables where it is not that of the model."""
 
     def read(raw: Raw) -> dict[str, object]:
-        size = raw.get(key)
+        size = raw.get(key, default)
         return {} if size in (None, raw.get("hidden_size")) else {"embeddings.width": size}
 
     return Special(read, lambda c: {key: c.embeddings.width or c.d_model})

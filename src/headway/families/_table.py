@@ -66,8 +66,8 @@ class NoBias(str):
 
 
 Node: TypeAlias = "str | Op | Choice"
-"""The name of a module (weight and bias follow it) or of a parameter, with `{i}` for the layer and `{e}` for the expert;
-or an operation on such."""
+"""The name of a module (weight and bias follow it) or of a parameter, `{i}` for the layer and `{e}` for the expert; or
+an operation on such."""
 
 
 def transpose(name: Node) -> Op:
@@ -102,7 +102,7 @@ def rows(*names: Node, sizes: Callable[[int, ModelConfig], list[int]]) -> Op:
         names,
         lambda s, c: [(size, *s[1:]) for size in sizes(s[0], c)],
         lambda t, _: torch.cat(t),
-        lambda t, c: list(t.split(sizes(len(t), c))),
+        lambda t, c: list(torch.split(t, sizes(len(t), c))),
     )
 
 
@@ -122,11 +122,11 @@ def grouped(name: Node) -> Op:
     def join(parts: list[Tensor], c: ModelConfig) -> Tensor:
         K, H, rest = c.n_kv_heads, c.d_head, parts[0].shape[1:]
         heads = parts[0].reshape(K, -1, H, *rest)
-        return torch.cat([part.reshape(-1, *rest) for part in heads.split([c.n_heads // K, 1, 1], 1)])
+        return torch.cat([part.reshape(-1, *rest) for part in torch.split(heads, [c.n_heads // K, 1, 1], 1)])
 
     def split(whole: Tensor, c: ModelConfig) -> list[Tensor]:
         K, H, rest = c.n_kv_heads, c.d_head, whole.shape[1:]
-        parts = whole.split([n * H for n in (c.n_heads, K, K)])
+        parts = torch.split(whole, [n * H for n in (c.n_heads, K, K)])
         return [torch.cat([part.reshape(K, -1, H, *rest) for part in parts], 1).reshape(whole.shape)]
 
     return Op((name,), lambda s, _: [s], join, split)
@@ -217,6 +217,7 @@ class Family:
 
 def leaves(node: Node, shape: Shape, config: ModelConfig, *, is_bias: bool = False) -> Iterator[tuple[str, Shape]]:
     """The (name, shape) that the file must have below a node of ours of this shape."""
+    node = chosen(node, config)
     if isinstance(node, Op):
         for one, part in zip(node.inner, node.shapes(shape, config), strict=True):
             yield from leaves(one, part, config, is_bias=is_bias)
@@ -226,6 +227,7 @@ def leaves(node: Node, shape: Shape, config: ModelConfig, *, is_bias: bool = Fal
 
 def gather(node: Node, shape: Shape, config: ModelConfig, fetch: Fetch, *, is_bias: bool = False) -> Tensor:
     """Our tensor of this shape from those of the file."""
+    node = chosen(node, config)
     if isinstance(node, Op):
         parts = [
             gather(one, part, config, fetch, is_bias=is_bias)
@@ -240,6 +242,7 @@ def gather(node: Node, shape: Shape, config: ModelConfig, fetch: Fetch, *, is_bi
 
 def scatter(node: Node, tensor: Tensor, config: ModelConfig, *, is_bias: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the file, by name, from ours."""
+    node = chosen(node, config)
     if isinstance(node, Op):
         for one, part in zip(node.inner, node.split(tensor, config), strict=True):
             yield from scatter(one, part, config, is_bias=is_bias)

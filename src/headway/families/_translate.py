@@ -21,7 +21,6 @@ from headway.families._table import (
     Node,
     Op,
     Shape,
-    chosen,
     gather,
     leaves,
     prefixed,
@@ -55,14 +54,14 @@ def read_config(family: Family, raw: Raw, where: str) -> Described:
             raise InputError(f"{where} {key}", repr(raw[key])[:80], f"{known!r}: the only form of it known here")
     tree: dict[str, Any] = {}
     values: dict[str, object] = {**family.fixed}
-    for theirs, key in family.keys.items():
-        value = raw.get(theirs, key.default)
-        if key.names is not None and isinstance(value, str):
-            if value not in key.names:
-                raise InputError(f"{where} {theirs}", repr(value)[:80], f"one of {', '.join(key.names)}")
-            value = key.names[value]
+    for theirs, entry in family.keys.items():
+        value = raw.get(theirs, entry.default)
+        if entry.names is not None and isinstance(value, str):
+            if value not in entry.names:
+                raise InputError(f"{where} {theirs}", repr(value)[:80], f"one of {', '.join(entry.names)}")
+            value = entry.names[value]
         if value is not None:
-            values |= dict.fromkeys((key.ours, *key.also), value)
+            values |= dict.fromkeys((entry.ours, *entry.also), value)
     for special in family.special:
         values |= special.read(raw)
     head = dict(family.heads[architecture].fields)
@@ -108,8 +107,11 @@ def _architecture(family: Family, raw: Raw, where: str) -> str:
     return str(first)
 
 
-def write_config(family: Family, architecture: str, config: ModelConfig) -> dict[str, object]:
-    """The config.json of a model of this family. Raises ConfigError naming the fields that the family cannot express."""
+def write_config(family: Family, architecture: str, config: ModelConfig, raw: Raw | None = None) -> dict[str, object]:
+    """The config.json of a model of this family; a name in `raw` that means the same stays as it is spelt there.
+
+    Raises ConfigError naming the fields that the family cannot express.
+    """
     ours = flatten(config.model_dump(mode="json"))
     out: dict[str, object] = {"model_type": family.model_type, "architectures": [architecture], **family.only}
     is_language = isinstance(config.head, CausalLM | MaskedLM)
@@ -118,7 +120,9 @@ def write_config(family: Family, architecture: str, config: ModelConfig) -> dict
             continue
         value = ours[key.ours]
         if key.names is not None:
-            value = next((name for name, meant in key.names.items() if meant == value), None)
+            spelt = (raw or {}).get(theirs)
+            same = [name for name, meant in key.names.items() if meant == value]
+            value = spelt if spelt in same else next(iter(same), None)
         out[theirs] = value
     try:
         for special in family.special:
@@ -196,7 +200,6 @@ def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = N
         found = [(node, bias) for name in names for node, bias in _lookup(table, name)]
         if not found:
             raise ConfigError("model", f"{family.model_type} has no place for {names[0]}", "a family that has one")
-        found = [(chosen(node, config), is_bias) for node, is_bias in found]
         node, is_bias = found[0]
         rule = Rule(tuple(names), tuple(state[names[0]].shape), node, config, is_bias)
         rules.append(rule)

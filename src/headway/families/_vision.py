@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from headway.families._codecs import ACTIVATIONS
+from headway.config import ModelConfig
+from headway.families._codecs import ACTIVATIONS, Raw
 from headway.families._encoder import POOLER
-from headway.families._table import Head, Key, Node, conv, layers, lead, qkv
+from headway.families._table import Head, Key, Node, Special, conv, layers, lead, qkv
 
 FIXED: dict[str, object] = {
     "kind": "vision",
@@ -100,3 +101,16 @@ BIASED: dict[str, object] = {
     "feed_forward.bias": True,
 }
 ATTENTION_DROPOUT = {"attention_dropout": Key("attention.dropout", 0.0)}
+
+
+def projection(key: str, default: int | None = 512) -> Special:
+    """The size of the last linear map; as wide as the model where neither the config nor `default` says it."""
+
+    def read(raw: Raw) -> dict[str, object]:
+        return {"head.projection": raw.get(key) or default or raw.get("hidden_size", 768)}
+
+    def write(config: ModelConfig) -> dict[str, object]:
+        size = getattr(config.head, "projection", None)
+        return {} if size is None else {key: size}
+
+    return Special(read, write)

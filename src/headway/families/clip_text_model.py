@@ -2,8 +2,8 @@
 
 from headway.families._codecs import sizes, tokens
 from headway.families._encoder import BARE
-from headway.families._table import Family, Head, Key
-from headway.families._vision import ATTENTION_DROPOUT, BIASED, TEXT, keys
+from headway.families._table import Family, Head
+from headway.families._vision import ATTENTION_DROPOUT, BIASED, TEXT, keys, projection
 
 LAST = BARE | {"head.pooling": "last"}
 SHARED = ("hidden_act", "layer_norm_eps")
@@ -21,13 +21,15 @@ FAMILY = Family(
         num_attention_heads=8,
         max_position_embeddings=77,
     )
-    | ATTENTION_DROPOUT
-    | {"projection_dim": Key("head.projection", 512)},
-    special=(tokens(bos=49406, eos=49407, pad=1),),
+    | ATTENTION_DROPOUT,
+    special=(
+        projection("projection_dim"),
+        tokens(bos=49406, eos=49407, pad=1),
+    ),
     weights=TEXT,
     heads={
         "CLIPTextModelWithProjection": Head(LAST, {"head.project": "text_projection"}, "text_model."),
-        "CLIPTextModel": Head(LAST | {"head.projection": None}, {}, "text_model."),
+        "CLIPTextModel": Head(LAST | {"head.projection": None}),
     },
     unread=("*position_ids",),
 )

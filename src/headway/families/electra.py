@@ -14,7 +14,7 @@ FAMILY = Family(
         "num_attention_heads": KEYS["num_attention_heads"]._replace(default=4),
         "intermediate_size": KEYS["intermediate_size"]._replace(default=1024),
     },
-    special=(width("embedding_size"), tokens(pad=0), labels()),
+    special=(width("embedding_size", 128), tokens(pad=0), labels()),
     weights=WEIGHTS | {"embeddings.project": "embeddings_project"},
     heads={
         "ElectraForMaskedLM": masked_lm(

@@ -50,7 +50,7 @@ FAMILY = Family(
         Special(scales, scale_keys),
         rope(10000.0),
         windows(lambda _, i: i % 2 == 0, size=4096),
-        tokens(),
+        tokens(bos=2, eos=1, pad=0),
         labels(),
     ),
     weights=body(ATTENTION, GATED, SANDWICH),

@@ -1,4 +1,4 @@
-"""Gemma 3, the text model (arXiv:2503.19786): QK-norm, five sliding layers to one full, each sort with its own theta."""
+"""Gemma 3, the text model (arXiv:2503.19786): QK-norm, five sliding layers to one full, two thetas."""
 
 from headway.families._codecs import ACTIVATIONS, labels, rope, sizes, tokens, windows
 from headway.families._decoder import ATTENTION, GATED, KEYS, QK_NORM, SANDWICH, body, heads
@@ -31,7 +31,7 @@ FAMILY = Family(
         Special(scales, scale_keys),
         rope(1e6, local=10000.0),
         windows(lambda raw, i: (i + 1) % raw.get("sliding_window_pattern", 6) > 0, size=4096),
-        tokens(),
+        tokens(bos=2, eos=1, pad=0),
         labels(),
     ),
     weights=body(ATTENTION, QK_NORM, GATED, SANDWICH),

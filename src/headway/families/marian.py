@@ -1,4 +1,4 @@
-"""Marian's translation models, OPUS-MT (Junczys-Dowmunt et al., 2018): the original Transformer, sines split in halves."""
+"""Marian's translation models, OPUS-MT (arXiv:1804.00344): the original Transformer, sines split in halves."""
 
 from headway.families._codecs import tokens
 from headway.families._pair import FIXED, UNREAD, alike, heads, keys, scaled, weights

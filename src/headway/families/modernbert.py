@@ -12,11 +12,7 @@ LAYER: dict[str, Node] = {
     "feed_forward.up": "mlp.Wi",
     "feed_forward.down": "mlp.Wo",
 }
-OUTSIDE: dict[str, Node] = {
-    "embeddings.tokens": "embeddings.tok_embeddings",
-    "embeddings.norm": "embeddings.norm",
-    "encoder.norm": "final_norm",
-}
+OUTSIDE: dict[str, Node] = {"embeddings.tokens": "embeddings.tok_embeddings", "embeddings.norm": "embeddings.norm"}
 
 FAMILY = Family(
     model_type="modernbert",
@@ -55,7 +51,7 @@ FAMILY = Family(
         tokens(bos=50281, eos=50282, pad=50283),
         labels(),
     ),
-    weights=OUTSIDE | layers("encoder.blocks.{i}", "layers.{i}", LAYER),
+    weights=OUTSIDE | {"encoder.norm": "final_norm"} | layers("encoder.blocks.{i}", "layers.{i}", LAYER),
     heads={
         "ModernBertForMaskedLM": masked_lm("head.dense", "head.norm", "decoder", "decoder.bias", "model."),
         "ModernBertModel": Head(BARE),

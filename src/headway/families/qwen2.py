@@ -21,9 +21,7 @@ FAMILY = Family(
     # The first `max_window_layers` layers see everything, and all of them unless windows are switched on.
     special=(
         rope(10000.0),
-        windows(
-            lambda raw, i: raw.get("use_sliding_window", False) and i >= raw.get("max_window_layers", 28), size=4096
-        ),
+        windows(lambda raw, i: i >= raw.get("max_window_layers", 28), size=4096, switch="use_sliding_window"),
         tokens(),
         labels(),
     ),

@@ -22,9 +22,7 @@ FAMILY = Family(
     | {"attention_bias": Key("attention.bias", False, also=("attention.output_bias",))},
     special=(
         rope(10000.0),
-        windows(
-            lambda raw, i: raw.get("use_sliding_window", False) and i >= raw.get("max_window_layers", 28), size=4096
-        ),
+        windows(lambda raw, i: i >= raw.get("max_window_layers", 28), size=4096, switch="use_sliding_window"),
         tokens(),
         labels(),
     ),

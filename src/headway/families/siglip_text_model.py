@@ -1,22 +1,11 @@
 """SigLIP's text tower (arXiv:2303.15343): everything sees everything, the last place is projected."""
 
-from headway.config import ModelConfig
-from headway.families._codecs import Raw, sizes, tokens
+from headway.families._codecs import sizes, tokens
 from headway.families._encoder import BARE
-from headway.families._table import Family, Head, Special
-from headway.families._vision import ATTENTION_DROPOUT, BIASED, TEXT, keys
+from headway.families._table import Family, Head
+from headway.families._vision import ATTENTION_DROPOUT, BIASED, TEXT, keys, projection
 
 SHARED = ("hidden_act", "layer_norm_eps")
-
-
-def projection(raw: Raw) -> dict[str, object]:
-    """As wide as the model where nothing is said."""
-    return {"head.projection": raw.get("projection_size") or raw.get("hidden_size", 768)}
-
-
-def projection_keys(config: ModelConfig) -> dict[str, object]:
-    """The inverse of `projection`."""
-    return {"projection_size": getattr(config.head, "projection", None)}
 
 
 FAMILY = Family(
@@ -35,7 +24,7 @@ FAMILY = Family(
         max_position_embeddings=64,
     )
     | ATTENTION_DROPOUT,
-    special=(Special(projection, projection_keys), tokens(bos=49406, eos=49407, pad=1)),
+    special=(projection("projection_size", None), tokens(bos=49406, eos=49407, pad=1)),
     weights=TEXT | {"head.project": "head"},
     heads={"SiglipTextModel": Head(BARE | {"head.pooling": "last", "head.projection_bias": True})},
     unread=("*position_ids",),

@@ -42,7 +42,7 @@ FAMILY = Family(
     special=(
         rope(2e6),
         Special(turned, turned_keys),
-        windows(lambda raw, i: raw.get("use_sliding_window", False)),
+        windows(lambda _, i: True, switch="use_sliding_window"),
         tokens(bos=128000, eos=128001, pad=128004),
         labels(),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,26 @@ class Transformer(nn.Module):
         self.encoder = Stack(config, is_decoder=False) if config.kind != "decoder" else None
         self.decoder = Stack(config, is_decoder=True) if config.kind in ("decoder", "encoder-decoder") else None
         self.head = make_head(config)
-        table = (self.decoder_embeddings or self.embeddings).tokens
-        if config.embeddings.tied and isinstance(self.head, LanguageModelHead) and table is not None:
-            self.head.output.weight = table.weight
+        self._tie()
         initialize(self, config)
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
+        """A model around these weights as they are: nothing is initialised, copied or cast. In evaluation mode, frozen.
+
+        `weights` hold every name of the state dict. Raises RuntimeError from torch where names or shapes do not fit.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(dict(weights), assign=True)
+        model._tie()
+        return model.eval().requires_grad_(False)
+
+    def _tie(self) -> None:
+        """One table for input and output where the config says so."""
+        table = (self.decoder_embeddings or self.embeddings).tokens
+        if self.config.embeddings.tied and isinstance(self.head, LanguageModelHead) and table is not None:
+            self.head.output.weight = table.weight
 
     def forward(
         self,
