@@ -26,7 +26,7 @@ TINY: dict[str, object] = {
 ALSO: dict[str, object] = {
     "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "decoder_vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None, "sliding_window": 5,
-    "query_pre_attn_scalar": 16, "max_source_positions": 12, "local_attention": 8, "word_embed_proj_dim": 32,
+    "query_pre_attn_scalar": 8, "max_source_positions": 12, "local_attention": 8, "word_embed_proj_dim": 32,
     "suppress_tokens": None, "begin_suppress_tokens": None, "cls_token_id": 1, "sep_token_id": 2,
 }  # fmt: skip
 # What a family needs to be itself at all.
@@ -59,7 +59,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2": {"windows": {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}},
     "qwen3": {"biases": {"attention_bias": True}},
     "qwen3_moe": {"normalized": {"norm_topk_prob": True}},
-    "gemma2": {"uncapped": {"attn_logit_softcapping": None, "final_logit_softcapping": None}},
+    "mistral": {"no-window": {"sliding_window": None}},
+    "mixtral": {"no-window": {"sliding_window": None}},
+    "gemma2": {
+        "uncapped": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "scaled": {"query_pre_attn_scalar": 16},
+    },
     "gemma3_text": {"pattern": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}},
     "phi3": {"longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 8}},
     "smollm3": {"no-positions": {"no_rope_layer_interval": 2, "no_rope_layers": None}},

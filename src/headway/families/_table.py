@@ -7,7 +7,7 @@ holds no class and no branch; what it cannot say belongs into `config.py` as a f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -50,12 +50,14 @@ class Op:
     """An invertible step between tensors of a file and one of ours.
 
     `shapes(ours, config)` are the shapes of the inner tensors, `join` makes ours of them, `split` is its inverse.
+    `stacks`: join puts the inner tensors above each other and does nothing else.
     """
 
     inner: tuple[Node, ...]
     shapes: Callable[[Shape, ModelConfig], list[Shape]]
     join: Callable[[list[Tensor], ModelConfig], Tensor]
     split: Callable[[Tensor, ModelConfig], list[Tensor]]
+    stacks: bool = False
 
 
 class NoBias(str):
@@ -103,6 +105,7 @@ def rows(*names: Node, sizes: Callable[[int, ModelConfig], list[int]]) -> Op:
         lambda s, c: [(size, *s[1:]) for size in sizes(s[0], c)],
         lambda t, _: torch.cat(t),
         lambda t, c: list(torch.split(t, sizes(len(t), c))),
+        stacks=True,
     )
 
 
@@ -169,7 +172,7 @@ def prefixed(prefix: str, node: Node) -> Node:
     if isinstance(node, Choice):
         return Choice(node.field, {value: prefixed(prefix, one) for value, one in node.nodes.items()})
     if isinstance(node, Op):
-        return Op(tuple(prefixed(prefix, one) for one in node.inner), node.shapes, node.join, node.split)
+        return replace(node, inner=tuple(prefixed(prefix, one) for one in node.inner))
     return type(node)(prefix + node)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -107,8 +107,12 @@ def _architecture(family: Family, raw: Raw, where: str) -> str:
     return str(first)
 
 
-def write_config(family: Family, architecture: str, config: ModelConfig, raw: Raw | None = None) -> dict[str, object]:
+def write_config(
+    family: Family, architecture: str, config: ModelConfig, raw: Raw | None = None, ignoring: tuple[str, ...] = ()
+) -> dict[str, object]:
     """The config.json of a model of this family; a name in `raw` that means the same stays as it is spelt there.
+
+    Fields that begin with one of `ignoring` may be lost: they stand elsewhere.
 
     Raises ConfigError naming the fields that the family cannot express.
     """
@@ -130,7 +134,7 @@ def write_config(family: Family, architecture: str, config: ModelConfig, raw: Ra
         again = read_config(family, out, "config.json").config
     except (InputError, AssertionError, AttributeError, KeyError) as error:
         raise ConfigError("model", f"{family.model_type} cannot express it ({error})", "another family") from None
-    different = differences(config, again)
+    different = [one for one in differences(config, again) if not one.startswith(ignoring)]
     if different:
         raise ConfigError(
             "model", f"{family.model_type} cannot express {', '.join(different[:5])}", "a family that has them"
@@ -225,7 +229,7 @@ def _filled(node: Node, numbers: Mapping[str, str], suffix: str) -> Node:
     if isinstance(node, Choice):
         return Choice(node.field, {value: _filled(one, numbers, suffix) for value, one in node.nodes.items()})
     if isinstance(node, Op):
-        return Op(tuple(_filled(one, numbers, suffix) for one in node.inner), node.shapes, node.join, node.split)
+        return replace(node, inner=tuple(_filled(one, numbers, suffix) for one in node.inner))
     return type(node)(node.format(**numbers) + suffix)
 
 

@@ -204,7 +204,7 @@ class Attention(nn.Module):
         kept = None if cache is None else cache.cross[self.layer]
         if kept is None:
             k, v = self.kv(encoder_BSD).chunk(2, -1)
-            kept = (self._normalized(self.k_norm, k), v.unflatten(-1, (self.K, self.H)))
+            kept = (self._normalized(self.k_norm, k), v.view(*v.shape[:-1], self.K, self.H))
             if cache is not None:
                 cache.cross[self.layer] = kept
         return self._mix(q, *kept, mask, None)
@@ -216,15 +216,16 @@ class Attention(nn.Module):
             return split_heads(qkv_BTX, angles, (self.q_norm.scale, self.k_norm.scale), shape)
         if isinstance(self.q_norm, nn.Identity):
             return split_heads(qkv_BTX, angles, None, shape)
-        q, k, v = qkv_BTX.split([heads * self.H for heads in (self.N, self.K, self.K)], -1)
+        q, k, v = torch.split(qkv_BTX, [heads * self.H for heads in (self.N, self.K, self.K)], -1)
         q, k = self._normalized(self.q_norm, q), self._normalized(self.k_norm, k)
-        v = v.unflatten(-1, (self.K, self.H))
+        v = v.view(*v.shape[:-1], self.K, self.H)
         return (q, k, v) if angles is None else (rotate(q, angles, self.layout), rotate(k, angles, self.layout), v)
 
     def _normalized(self, norm: nn.Module, x_BTX: Tensor) -> Tensor:
         """(B, T, heads * H) -> (B, T, heads, H), normalised per head or over all of them."""
-        heads: Tensor = x_BTX.unflatten(-1, (-1, self.H))
-        return norm(heads) if self.norm_heads else norm(x_BTX).view_as(heads)
+        heads = x_BTX.view(*x_BTX.shape[:-1], -1, self.H)
+        out: Tensor = norm(heads) if self.norm_heads else norm(x_BTX).view_as(heads)
+        return out
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
         how = Scores(self.scale, self.softcap, self.dropout if self.training else 0.0)

@@ -7,6 +7,7 @@ when every label is ignored the loss is zero with zero gradients, never NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -85,7 +86,8 @@ class Pool(nn.Module):
         self.how = how
         self.attention = AttentionPool(config) if how == "attention" else None
         self.dense = nn.Linear(config.d_model, config.d_model) if transform != "none" else None
-        self.activation = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}.get(transform)
+        known: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}
+        self.activation = known.get(transform)
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, D)."""
@@ -106,16 +108,14 @@ class LanguageModelHead(Head):
     def __init__(self, config: cfg.ModelConfig, head: cfg.CausalLM | cfg.MaskedLM) -> None:
         super().__init__()
         width = config.embeddings.width or config.d_model
-        is_masked = isinstance(head, cfg.MaskedLM)
-        self.scale, self.softcap = (1.0, None) if is_masked else (head.scale, head.softcap)
-        self.has_transform = is_masked and head.transform
-        if is_masked and head.transform:
+        self.scale, self.softcap = (head.scale, head.softcap) if isinstance(head, cfg.CausalLM) else (1.0, None)
+        self.has_transform = isinstance(head, cfg.MaskedLM) and head.transform
+        if isinstance(head, cfg.MaskedLM) and head.transform:
             self.dense = nn.Linear(config.d_model, width, bias=head.transform_bias)
             self.activation = ACTIVATIONS[config.feed_forward.activation]
             self.transform_norm = make_norm(width, config.norm)
-        self.project = nn.Identity()
-        if width != config.d_model and not self.has_transform:
-            self.project = nn.Linear(config.d_model, width, bias=False)
+        narrows = width != config.d_model and not self.has_transform
+        self.project = nn.Linear(config.d_model, width, bias=False) if narrows else nn.Identity()
         self.output = nn.Linear(width, config.vocab_size, bias=head.bias)
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
@@ -141,8 +141,9 @@ class ClassificationHead(Head):
         head: cfg.SequenceClassification | cfg.TokenClassification | cfg.ImageClassification,
     ) -> None:
         super().__init__()
-        by_token = isinstance(head, cfg.TokenClassification)
-        self.pool = None if by_token else Pool(config, head.pooling, getattr(head, "transform", "none"))
+        self.pool = None
+        if not isinstance(head, cfg.TokenClassification):
+            self.pool = Pool(config, head.pooling, getattr(head, "transform", "none"))
         self.problem = head.problem if isinstance(head, cfg.SequenceClassification) else "single"
         self.output = nn.Linear(config.d_model, head.labels, bias=getattr(head, "bias", True))
 

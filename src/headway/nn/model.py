@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headway.config import ModelConfig
-from headway.errors import ConfigError, InputError
+from headway.errors import BugError, ConfigError, InputError
 from headway.nn.cache import Cache
 from headway.nn.embeddings import Embeddings
 from headway.nn.feed_forward import MixtureOfExperts
 from headway.nn.heads import IGNORED, LanguageModelHead, make_head, pool
 from headway.nn.init import initialize
 from headway.nn.masks import Sight
+from headway.nn.packed import Packed, pack_leaf
 from headway.nn.stack import Stack
 
 
@@ -51,21 +52,29 @@ class Transformer(nn.Module):
         initialize(self, config)
 
     @classmethod
-    def of(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
+    def of(cls, config: ModelConfig, weights: Mapping[str, Tensor | Packed]) -> Transformer:
         """A model around these weights as they are: nothing is initialised, copied or cast. In evaluation mode, frozen.
 
-        `weights` hold every name of the state dict. Raises RuntimeError from torch where names or shapes do not fit.
+        `weights` hold every name of the state dict; a packed one makes its layer a packed one. Raises BugError where a
+        name is missing, RuntimeError from torch where shapes do not fit.
         """
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(dict(weights), assign=True)
+        for name, weight in weights.items():
+            if isinstance(weight, Packed):
+                pack_leaf(model, name, weight)
+        plain = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        model.load_state_dict(plain, assign=True, strict=False)
         model._tie()
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise BugError("weights", f"{len(missing)} missing ({missing[0]})", "every tensor of the model")
         return model.eval().requires_grad_(False)
 
     def _tie(self) -> None:
         """One table for input and output where the config says so."""
         table = (self.decoder_embeddings or self.embeddings).tokens
-        if self.config.embeddings.tied and isinstance(self.head, LanguageModelHead) and table is not None:
+        if self.config.embeddings.tied and isinstance(self.head, LanguageModelHead) and isinstance(table, nn.Embedding):
             self.head.output.weight = table.weight
 
     def forward(

@@ -35,6 +35,8 @@ class Stack(nn.Module):
         )
         self.norm = make_norm(config.d_model, config.norm) if config.placement != "post" else nn.Identity()
         positions = config.positions
+        self.rope: Rope | None
+        self.window_rope: Rope | None
         self.rope, self.window_rope = _ropes(config, self.windows)
         turned = positions.layers if isinstance(positions, RopeConfig) else (False,)
         self.turned = [turned[layer % len(turned)] for layer in range(len(self.blocks))]

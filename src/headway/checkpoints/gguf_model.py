@@ -1,0 +1,236 @@
+"""A whole model from a GGUF file and into one; see gguf.py for the container and families/_gguf.py for the names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway.checkpoints.gguf import Gguf, Source, read_gguf, write_gguf
+from headway.checkpoints.hub_folder import Tensors, check
+from headway.config import ModelConfig
+from headway.errors import ConfigError, InputError
+from headway.families import Family, families
+from headway.families._gguf import FACTORS, HAS, dialect
+from headway.families._table import Op, chosen, gather
+from headway.families._translate import Rule, plan, read_config, write_config
+from headway.files import Chunk
+from headway.kernels.ggml import BLOCKS, FLOATS, dequantize, quantize
+from headway.nn.packed import Packed
+
+FORMATS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+"""What can be written, with the number that `general.file_type` has for it (llama.h, llama_ftype)."""
+
+
+# Fields that stand in the tokenizer's metadata, or that change nothing there.
+_ELSEWHERE = ("norm.offset", "tokens.", "head.normalize")
+
+
+class GgufModel:
+    """A model in a GGUF file.
+
+    Attributes: `config`; `family`, whose dialect the file is in; `architecture`, its class in transformers; `metadata`;
+    `weights`, ours by name, quantized matrices as Packed unless a dtype was asked for; `notes`.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        self.notes: list[str] = []
+        with read_gguf(path) as file:
+            self.metadata = file.metadata
+            raw = _described(file)
+            self.family = _family(file, raw, str(path))
+            self.architecture = next(iter(self.family.heads))
+            names = dialect(self.family)
+            self.config = read_config(names, raw, str(path)).config
+            wanted = plan(names, names.heads[names.model_type], self.config)
+            shapes = {name: torch.empty(shape, device="meta") for name, shape in _shapes(file).items()}
+            check(wanted, names, Tensors(str(path), shapes), str(path))
+            self.weights = {
+                name: weight for rule in wanted.rules for weight in [_weight(rule, file, dtype)] for name in rule.names
+            }
+
+
+def _family(file: Gguf, raw: Mapping[str, Any], where: str) -> Family:
+    """Of the families that share an architecture's name the one with experts if the file has some, else the first."""
+    arch = raw["architectures"][0]
+    known = [family for family in families().values() if family.gguf == arch]
+    if not known:
+        names = sorted({family.gguf for family in families().values() if family.gguf})
+        raise InputError(f"{where} general.architecture", repr(arch)[:80], f"one of {', '.join(names)}")
+    has_experts = bool(raw.get(f"{arch}.expert_count"))
+    fitting = [f for f in known if any(name.startswith("feed_forward.experts") for name in f.weights) == has_experts]
+    return min(fitting or known, key=lambda family: family.model_type != arch)
+
+
+def _described(file: Gguf) -> dict[str, Any]:
+    """The metadata with what only the tensors say; float32 numbers in their shortest form (1e-05, not 9.99...e-06)."""
+    metadata = {
+        key: float(str(np.float32(value))) if isinstance(value, float) else value
+        for key, value in file.metadata.items()
+    }
+    tensors = file.tensors
+    arch = str(metadata.get("general.architecture", ""))
+    ids = {name: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _IDS.items()}
+    embedding = tensors.get("token_embd.weight")
+    out: dict[str, Any] = {**metadata, "architectures": [arch], **ids}
+    out["vocab_size"] = embedding.shape[0] if embedding else metadata.get(f"{arch}.vocab_size")
+    out["has no output.weight"] = "output.weight" not in tensors
+    for part, others in {"attn_q": ("attn_qkv",), "attn_output": (), "ffn_up": ()}.items():
+        out[f"has {part}.bias"] = any(f"blk.0.{one}.bias" in tensors for one in (part, *others))
+    for name in FACTORS:
+        if name in tensors:
+            out[name] = dequantize(tensors[name].kind, file.raw(name)).flatten().tolist()
+    heads = out.get(f"{arch}.attention.head_count_kv")
+    if isinstance(heads, list) and len(set(heads)) == 1:
+        out[f"{arch}.attention.head_count_kv"] = heads[0]
+    return out
+
+
+_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def _shapes(file: Gguf) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; a stack of experts (E, ...) is E matrices `name[e].weight`."""
+    out: dict[str, tuple[int, ...]] = {}
+    for name, tensor in file.tensors.items():
+        if "_exps." in name and len(tensor.shape) > 1:
+            head, _, suffix = name.rpartition(".")
+            out |= {f"{head}[{e}].{suffix}": tensor.shape[1:] for e in range(tensor.shape[0])}
+        else:
+            out[name] = tensor.shape
+    return out
+
+
+def _raw(file: Gguf, name: str) -> tuple[str, Tensor]:
+    """Format and bytes of one matrix; `name[e]` is expert e of a stack."""
+    whole = _stack(name)
+    raw = file.raw(whole)
+    return file.tensors[whole].kind, raw if whole == name else raw[int(name.partition("[")[2].partition("]")[0])]
+
+
+def _stack(name: str) -> str:
+    """The stack that `name[e].weight` is in: `name.weight`."""
+    head, _, rest = name.partition("[")
+    return head + rest.partition("]")[2]
+
+
+def _weight(rule: Rule, file: Gguf, dtype: torch.dtype | None) -> Tensor | Packed:
+    """One of our tensors: in blocks if the file has it in blocks and no dtype was asked for."""
+    names = [name for name, _ in rule.leaves()]
+    kinds = {file.tensors[_stack(name)].kind for name in names}
+    if dtype is None and not kinds & FLOATS.keys() and len(rule.shape) == 2:
+        parts = list(_blocks(rule, file))
+        return Packed(tuple(parts), (rule.shape[0], rule.shape[1]))
+
+    def fetch(name: str) -> Tensor:
+        kind, raw = _raw(file, name)
+        if kind in FLOATS and dtype is None:
+            return raw.view(FLOATS[kind])
+        values = dequantize(kind, raw)
+        return values if dtype is None else values.to(dtype)
+
+    return rule.gather(fetch).contiguous()
+
+
+def _blocks(rule: Rule, file: Gguf) -> Iterator[tuple[str, Tensor]]:
+    """The groups of rows of a packed matrix: one where all has one format, else one for each matrix that was joined.
+
+    All operations on matrices in GGUF files move whole rows, so they act on the rows' bytes as they would on weights.
+    """
+    node = chosen(rule.node, rule.config)
+    formats = {name: _raw(file, name) for name, _ in rule.leaves()}
+
+    def fetch(name: str) -> Tensor:
+        return formats[name][1]
+
+    if len({kind for kind, _ in formats.values()}) == 1:
+        yield next(iter(formats.values()))[0], rule.gather(fetch)
+        return
+    assert isinstance(node, Op) and node.stacks
+    for one, shape in zip(node.inner, node.shapes(rule.shape, rule.config), strict=True):
+        leaf = Rule((), shape, one, rule.config, rule.is_bias)
+        yield formats[leaf.leaves()[0][0]][0], gather(one, shape, rule.config, fetch)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def gguf_chunks(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    family: Family,
+    *,
+    kind: str = "F32",
+    name: str = "model",
+    vocabulary: Mapping[str, object] | None = None,
+) -> Iterator[Chunk]:
+    """The bytes of a GGUF file that llama.cpp loads.
+
+    Args:
+        kind: format of the matrices (a name of FORMATS); vectors stay F32, and rows that its blocks do not divide too.
+        name: `general.name`. vocabulary: the `tokenizer.*` metadata.
+
+    Raises ConfigError: the family has no GGUF form, or its form cannot express this config.
+    """
+    if family.gguf is None:
+        raise ConfigError("--to gguf", f"llama.cpp has no architecture for {family.model_type}", "--to hf")
+    if kind not in FORMATS:
+        raise ConfigError("--dtype", f"{kind!r}", f"one of {', '.join(FORMATS)}")
+    names = dialect(family)
+    # These two become factors per frequency, in tensors of their own.
+    factored = getattr(getattr(config.positions, "scaling", None), "type", "") in ("llama3", "longrope")
+    ignoring = (*_ELSEWHERE, "positions.scaling") if factored else _ELSEWHERE
+    said = write_config(names, names.model_type, config, ignoring=ignoring)
+    factors = {key: torch.tensor(said.pop(key)) for key in FACTORS if key in said}
+    metadata: dict[str, object] = {
+        "general.architecture": names.model_type,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": FORMATS[kind],
+        "general.quantization_version": 2,
+    }
+    dropped = {"model_type", "architectures", "vocab_size", *HAS}
+    metadata |= {key: value for key, value in said.items() if key not in dropped and value is not None}
+    metadata[f"{names.model_type}.vocab_size"] = config.vocab_size
+    yield from write_gguf(metadata | dict(vocabulary or {}), _sources(config, weights, names, kind) | {
+        key: Source("F32", tuple(value.shape), value) for key, value in factors.items()
+    })  # fmt: skip
+
+
+def _sources(config: ModelConfig, weights: Mapping[str, Tensor], names: Family, kind: str) -> dict[str, Source]:
+    """Every tensor of the file, made when its turn comes; experts as one stack."""
+    out: dict[str, Source] = {}
+    stacks: dict[str, list[tuple[Rule, str]]] = {}
+    for rule in plan(names, names.heads[names.model_type], config).rules:
+        for theirs, shape in rule.leaves():
+            if "[" in theirs:
+                stacks.setdefault(_stack(theirs), []).append((rule, theirs))
+                continue
+            fit = kind if len(shape) == 2 and shape[-1] % BLOCKS[kind].size == 0 and "_norm" not in theirs else "F32"
+            out[theirs] = Source(fit, shape, partial(_written, [(rule, theirs)], weights, fit))
+    for theirs, parts in stacks.items():
+        shape = (len(parts), *dict(parts[0][0].leaves())[parts[0][1]])
+        fit = kind if shape[-1] % BLOCKS[kind].size == 0 else "F32"
+        out[theirs] = Source(fit, shape, partial(_written, parts, weights, fit))
+    return dict(sorted(out.items(), key=lambda item: _order(item[0])))
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    """Outer tensors first, then block by block."""
+    parts = name.split(".")
+    return (1, int(parts[1]), name) if parts[0] == "blk" else (0, 0, name)
+
+
+def _written(parts: list[tuple[Rule, str]], weights: Mapping[str, Tensor], kind: str) -> Tensor:
+    """The bytes of one tensor of the file."""
+    found = [dict(rule.scatter(weights[rule.names[0]].detach().float()))[theirs] for rule, theirs in parts]
+    whole = found[0] if len(found) == 1 and "[" not in parts[0][1] else torch.stack(found)
+    if not math.prod(whole.shape):
+        raise InputError(parts[0][1], "no values", "a tensor that holds some")
+    return quantize(kind, whole.contiguous(), parts[0][1])
