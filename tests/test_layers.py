@@ -22,9 +22,10 @@ ROOT = {
     "run_config",
     "cost",
     "machine",
+    "protobuf",
     "__init__",
 }
-TOP = {"api", "launch", "__main__"}
+TOP = {"api", "launch", "loading", "saving", "__main__"}
 # kernels come first: they are operations on tensors, know no module, and nn calls them.
 ORDER = (
     *("kernels", "nn", "families", "checkpoints", "text", "data", "training", "tuning", "quantization"),

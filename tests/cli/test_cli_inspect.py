@@ -119,7 +119,9 @@ def test_schema_describes_the_config(command):
     schema = json.loads(said.out)
     assert set(schema["properties"]) == set(ModelConfig.model_fields) and schema["additionalProperties"] is False
     assert "RunConfig" in schema["$defs"] and "Train" in schema["$defs"]
-    assert set(schema["$defs"]["Rope"]["properties"]) == {"type", "theta", "fraction", "layout", "scaling"}
+    assert set(schema["$defs"]["Rope"]["properties"]) == {
+        "type", "theta", "fraction", "layout", "scaling", "layers", "window_theta"
+    }  # fmt: skip
 
 
 WATCH = """

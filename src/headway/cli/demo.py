@@ -129,7 +129,7 @@ def measure(loaded: Loaded, done: RunResult) -> Perplexity:
 
     from headway.evaluation import TextTokens, perplexity
 
-    store, tokenizer = done.data.valid, loaded.tokenizer
+    store, tokenizer = done.data.valid, loaded.words
     numbers = list(range(len(store.ends)))
     random.Random(0).shuffle(numbers)
 

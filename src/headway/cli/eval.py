@@ -58,11 +58,11 @@ def run(options: Options) -> None:
     loaded = api.load(path, force_tokenizer=options.force_tokenizer, device=options.device)
     for line in loaded.notes:
         note(f"note: {line}")
-    encode, report, began = loaded.tokenizer.encode, ReadReport(), time.perf_counter()
+    encode, report, began = loaded.words.encode, ReadReport(), time.perf_counter()
     with Display() as display:
         found = perplexity(
             loaded.model,
-            (TextTokens.of(encode(d.text), loaded.tokenizer) for d in documents(options.data, how, report)),
+            (TextTokens.of(encode(d.text), loaded.words) for d in documents(options.data, how, report)),
             context=options.context,
             stride=options.stride,
             bos_id=loaded.config.tokens.bos,

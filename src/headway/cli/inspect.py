@@ -78,10 +78,10 @@ def find_config(options: Options) -> tuple[ModelConfig, str | None, list[str]]:
         if path.suffix in (".yaml", ".yml", ".json"):
             fields = _fields(path)
         else:
-            from headway import api
+            from headway import loading
 
-            found = api.find_checkpoint(path)
-            fields = api.read_model_config(found.run).model_dump(mode="json")
+            found = loading.find_checkpoint(path)
+            fields = loading.read_model_config(found.run).model_dump(mode="json")
             weights, notes = found.manifest.weights, [f"step {found.manifest.step} of {found.run}", *found.notes]
     elif not options.overrides:
         raise ConfigError("PATH", "none", "a run folder, a config file, or fields", "headway inspect RUN")

@@ -1,0 +1,276 @@
+"""From a path to a model with what belongs to it: run folders, Hugging Face folders, GGUF files, packaged names.
+
+What a path is follows from what lies there, never from its name: a manifest or checkpoints/ make a run, config.json a
+Hugging Face folder, the magic GGUF a GGUF file. Saving in another form is `saving.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway import files
+from headway.checkpoints import hub_folder
+from headway.checkpoints.folder import MANIFEST, WEIGHTS, Manifest, list_checkpoints, newest_good, verify
+from headway.checkpoints.gguf import MAGIC
+from headway.checkpoints.gguf_model import GgufModel
+from headway.checkpoints.tensors import read_tensors, tensor_hash
+from headway.config import ModelConfig
+from headway.errors import ConfigError, InputError
+from headway.launch import CONFIG, MODEL, TOKENIZER
+from headway.nn import Transformer
+from headway.strict import strict_json
+from headway.text import Tokenizer
+from headway.text.gguf_vocab import from_gguf
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what belongs to it.
+
+    Attributes:
+        model: in evaluation mode, frozen. config: its config.
+        tokenizer: None where the folder has none, as for vision models.
+        path: where it lies. form: `run`, `hf` or `gguf`. family: its model_type, empty for a run of ours.
+        architecture: its class in transformers. raw: the published config. unread: tensors nobody reads here.
+        step: updates done, None for published models.
+        notes: what the reader should know, such as a damaged newer checkpoint that was passed over.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    config: ModelConfig
+    path: Path
+    form: str = "run"
+    family: str = ""
+    architecture: str = ""
+    step: int | None = None
+    notes: list[str] = field(default_factory=list)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    unread: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    known_hash: str = ""
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of all tensors by name; for a run the one in its manifest."""
+        return self.known_hash or tensor_hash(self.model.state_dict())
+
+    @property
+    def words(self) -> Tokenizer:
+        """The tokenizer of a model that must have one. Raises InputError."""
+        if self.tokenizer is None:
+            raise InputError(str(self.path), "no tokenizer", TOKENIZER, "put the model's tokenizer.json beside it")
+        return self.tokenizer
+
+
+class FoundRun(NamedTuple):
+    """A run folder, the checkpoint in it that counts, its manifest, and what the reader should know."""
+
+    run: Path
+    folder: Path
+    manifest: Manifest
+    notes: list[str]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    force_tokenizer: bool = False,
+    allow_nonfinite: bool = False,
+) -> Loaded:
+    """Load a model: a run folder or one of its checkpoints, a Hugging Face folder, or a GGUF file.
+
+    Args:
+        path: where it lies.
+        dtype: cast the weights; by default they stay as stored, quantized blocks of a GGUF file included.
+        device: where the model goes.
+        force_tokenizer: for a run, accept a tokenizer.json other than the one in training.
+        allow_nonfinite: accept NaN and infinity among published weights.
+
+    Raises:
+        InputError: nothing usable there; config, weights and tokenizer do not belong together.
+    """
+    place = Path(path)
+    form = form_of(place)
+    if form == "run":
+        loaded = _load_run(place, force_tokenizer=force_tokenizer)
+        if dtype is not None:
+            loaded.model.to(dtype)
+    elif form == "hf":
+        loaded = _load_folder(place, dtype, allow_nonfinite=allow_nonfinite)
+    else:
+        loaded = _load_gguf(place, dtype)
+    loaded.model.to(device)
+    return loaded
+
+
+def form_of(place: Path) -> str:
+    """`run`, `hf` or `gguf`. Raises InputError: nothing there (with the nearest name), or nothing that is a model."""
+    if place.is_dir():
+        if (place / hub_folder.CONFIG).exists() and not (place / CONFIG).exists() and not (place / MANIFEST).exists():
+            return "hf"
+        return "run"
+    with files.open_regular(place) as file:
+        if file.read(4) == MAGIC:
+            return "gguf"
+    fix = "headway convert PATH DST reads other containers"
+    raise InputError(str(place), "a file that is no GGUF", "a GGUF file, or the folder of a run or of a model", fix)
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: str | Path) -> FoundRun:
+    """The newest checkpoint of a run folder that verifies, or the checkpoint at `path` itself.
+
+    Raises InputError: nothing there (with the nearest name), no run folder, no checkpoint that verifies.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        files.open_regular(place).close()
+        raise InputError(str(place), "a file", "the folder of a run", "headway train data.path=FILE --output RUN")
+    if (place / MANIFEST).is_file():
+        return FoundRun(place.absolute().parent.parent, place, verify(place), [])
+    if not list_checkpoints(place):
+        found = "no checkpoint in it" if (place / CONFIG).is_file() else "not the folder of a run or of a model"
+        expected = f"{CONFIG}, {TOKENIZER} and checkpoints/, or {hub_folder.CONFIG} and {hub_folder.WEIGHTS}"
+        raise InputError(str(place), found, expected, "the --output of headway train")
+    found_one = newest_good(place)
+    notes = [f"passed over: {reason}" for reason in found_one.rejected]
+    return FoundRun(place, found_one.path, found_one.manifest, notes)
+
+
+def read_model_config(run: Path) -> ModelConfig:
+    """The model.json of a run folder. Raises InputError when it is not one."""
+    path = run / MODEL
+    tree = strict_json(files.read_bytes(path, 1 << 24), str(path))
+    if not isinstance(tree, dict):
+        raise InputError(str(path), f"a {type(tree).__name__}", "the fields of a model config")
+    try:
+        return ModelConfig(**tree)
+    except ConfigError as error:
+        raise InputError(f"{path}, {error.where}", error.found, error.expected) from None
+
+
+def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
+    run, folder, manifest, notes = find_checkpoint(place)
+    config = read_model_config(run)
+    tokenizer = None
+    if config.vocab_size:
+        tokenizer = Tokenizer.load(run / TOKENIZER)
+        check_tokenizer(run, config, tokenizer, manifest, force=force_tokenizer)
+    weights = read_tensors(folder / WEIGHTS)
+    # On the meta device first: a config that asks for more than the file holds must not take memory.
+    with torch.device("meta"):
+        check_weights(Transformer(config), weights, folder / WEIGHTS, run / MODEL)
+    meta = manifest.meta
+    family, architecture = (str(meta.get(name) or "") for name in ("family", "architecture"))
+    return Loaded(
+        Transformer.of(config, weights),
+        tokenizer,
+        config,
+        folder,
+        family=family,
+        architecture=architecture,
+        step=manifest.step,
+        notes=notes,
+        known_hash=manifest.weights,
+    )
+
+
+def check_tokenizer(run: Path, config: ModelConfig, tokenizer: Tokenizer, manifest: Manifest, *, force: bool) -> None:
+    """Refuse a tokenizer with more ids than the embedding has rows, or another one than in training.
+
+    Raises InputError naming both files, or both hashes (unless `force`).
+    """
+    where = str(run / TOKENIZER)
+    check_rows(tokenizer, config, where, str(run / MODEL), "the tokenizer of the training run")
+    identity = manifest.meta.get("identity")
+    trained = identity.get("tokenizer") if isinstance(identity, dict) else None
+    if trained and trained != tokenizer.hash and not force:
+        fix = "put the right tokenizer.json back, or --force-tokenizer"
+        raise InputError(where, f"tokenizer {tokenizer.hash}", f"{trained}, the one in training", fix)
+
+
+def check_rows(tokenizer: Tokenizer, config: ModelConfig, where: str, model: str, fix: str) -> None:
+    """Refuse a tokenizer with more ids than the embedding has rows (T6)."""
+    if tokenizer.vocab_size > config.vocab_size:
+        expected = f"at most the {config.vocab_size} embedding rows of {model}"
+        raise InputError(where, f"{tokenizer.vocab_size} token ids", expected, fix)
+
+
+def check_weights(model: Transformer, weights: Mapping[str, Tensor], file: Path, config: Path) -> None:
+    """Compare names and shapes with what the config asks for.
+
+    Raises InputError with the first misshaped tensor and both shapes, or counts and names of missing and surplus ones.
+    """
+    wanted = model.state_dict()
+    for name in sorted(set(wanted) & set(weights)):
+        if wanted[name].shape != weights[name].shape:
+            found = f"tensor {name} has shape {tuple(weights[name].shape)}"
+            raise InputError(str(file), found, f"{tuple(wanted[name].shape)} by {config}")
+    missing, surplus = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
+    if missing or surplus:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:5])})"
+            for what, names in (("missing", missing), ("surplus", surplus))
+            if names
+        ]
+        raise InputError(str(file), f"tensors {' and '.join(parts)}", f"the {len(wanted)} tensors of {config}")
+
+
+# --- published models --------------------------------------------------------------------------------------------
+
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def _load_folder(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
+    found = hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite)
+    tokenizer = None
+    if found.config.vocab_size and any((place / name).exists() for name in _TOKENIZERS):
+        tokenizer = Tokenizer.load(place)
+        check_rows(tokenizer, found.config, str(place), str(place / hub_folder.CONFIG), "the tokenizer of this model")
+    return Loaded(
+        Transformer.of(found.config, found.weights),
+        tokenizer,
+        found.config,
+        place,
+        form="hf",
+        family=found.family.model_type,
+        architecture=found.architecture,
+        notes=found.notes,
+        raw=found.raw,
+        unread=found.unread,
+    )
+
+
+def _load_gguf(place: Path, dtype: torch.dtype | None) -> Loaded:
+    found = GgufModel(place, dtype)
+    tokenizer = None
+    if "tokenizer.ggml.tokens" in found.metadata:
+        tokenizer = from_gguf(found.metadata, str(place), found.config.vocab_size)
+    return Loaded(
+        Transformer.of(found.config, found.weights),
+        tokenizer,
+        found.config,
+        place,
+        form="gguf",
+        family=found.family.model_type,
+        architecture=found.architecture,
+        notes=found.notes,
+    )
