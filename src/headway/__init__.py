@@ -1,7 +1,7 @@
 """Headway: one stack for the whole life of a Transformer.
 
-`build` a model from a config, `train` it, `load` it back, `generate` from it. Everything is imported on first use,
-so that `import headway` and the command's help stay instant.
+`build` a model from a config, `train` it, `load` it back, `generate` from it, `embed` texts with it. Everything is
+imported on first use, so that `import headway` and the command's help stay instant.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headway.api import build, generate, load, train
+    from headway.api import build, embed, fill_mask, generate, load, train
     from headway.config import ModelConfig
     from headway.run_config import RunConfig
 
 __version__ = "0.1.0"
-__all__ = ["ModelConfig", "RunConfig", "__version__", "build", "generate", "load", "train"]
+__all__ = ["ModelConfig", "RunConfig", "__version__", "build", "embed", "fill_mask", "generate", "load", "train"]
 
 _HOMES = {
     "ModelConfig": "headway.config",
     "RunConfig": "headway.run_config",
     "build": "headway.api",
+    "embed": "headway.api",
+    "fill_mask": "headway.api",
     "generate": "headway.api",
     "load": "headway.api",
     "train": "headway.api",

@@ -10,26 +10,60 @@ holds config.yaml (the resolved run), model.json, tokenizer.json, checkpoints/, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from headway.config import ModelConfig
 from headway.errors import InputError
 from headway.launch import Launch, OnEvent, RunResult, train
-from headway.loading import Loaded, load
+from headway.loading import Loaded
+from headway.loading import load as _load
 from headway.nn import Transformer
 
 if TYPE_CHECKING:
+    from headway.evaluation.fill_mask import Guess
     from headway.generation import Generation
     from headway.generation.decode import OnText
 
 
-__all__ = ["Launch", "Loaded", "OnEvent", "RunResult", "build", "generate", "load", "train"]
+__all__ = ["Launch", "Loaded", "OnEvent", "RunResult", "build", "embed", "fill_mask", "generate", "load", "train"]
 
 
 def build(config: ModelConfig | Mapping[str, Any]) -> Transformer:
     """A freshly initialised model of a config or of its fields. Raises ConfigError."""
     return Transformer(config if isinstance(config, ModelConfig) else ModelConfig(**config))
+
+
+def load(path: str | Path, **options: Any) -> Loaded:
+    """Load a model by path or by name.
+
+    Args:
+        path: a run folder, a Hugging Face folder, a GGUF file, the name of a packaged model (`headway fetch` lists
+            them), or `hf:owner/name` from the hub.
+        options: dtype, device, force_tokenizer, allow_nonfinite; see loading.load.
+
+    Raises InputError, MachineError.
+    """
+    from headway.checkpoints.fetch import resolve
+
+    return _load(resolve(str(path)), **options)
+
+
+def embed(loaded: Loaded, texts: str | Sequence[str], *, progress: Callable[[int], None] | None = None) -> Tensor:
+    """Vectors of texts, (texts, size) float32, pooled and normalised as the model says; see evaluation.embed."""
+    from headway.evaluation.embed import embed as vectors
+
+    return vectors(loaded.model, loaded.words, [texts] if isinstance(texts, str) else texts, progress=progress)
+
+
+def fill_mask(loaded: Loaded, text: str, *, top: int = 5) -> list[list[Guess]]:
+    """The likeliest tokens at each mask of a text, for encoders; see evaluation.fill_mask."""
+    from headway.evaluation.fill_mask import fill_mask as fill
+
+    return fill(loaded.model, loaded.words, text, top=top)
 
 
 def generate(

@@ -112,6 +112,16 @@ def load(
     return loaded
 
 
+DTYPES = {"stored": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype of this name, None for `stored`. Raises ConfigError."""
+    if name not in DTYPES:
+        raise ConfigError("dtype", repr(name), ", ".join(DTYPES))
+    return DTYPES[name]
+
+
 def form_of(place: Path) -> str:
     """`run`, `hf` or `gguf`. Raises InputError: nothing there (with the nearest name), or nothing that is a model."""
     if place.is_dir():
@@ -240,7 +250,11 @@ _TOKENIZERS = (
 
 
 def _load_folder(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
-    found = hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite)
+    return _published(hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite), place, [])
+
+
+def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> Loaded:
+    """A checkpoint with the tokenizer that lies in the folder `place`."""
     tokenizer = None
     if found.config.vocab_size and any((place / name).exists() for name in _TOKENIZERS):
         tokenizer = Tokenizer.load(place)
@@ -253,7 +267,7 @@ def _load_folder(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: boo
         form="hf",
         family=found.family.model_type,
         architecture=found.architecture,
-        notes=found.notes,
+        notes=[*notes, *found.notes],
         raw=found.raw,
         unread=found.unread,
     )
@@ -274,3 +288,36 @@ def _load_gguf(place: Path, dtype: torch.dtype | None) -> Loaded:
         architecture=found.architecture,
         notes=found.notes,
     )
+
+
+# --- other containers, for `convert` -----------------------------------------------------------------------------
+
+
+def load_container(path: str | Path, *, unsafe_pickle: bool = False) -> Loaded:
+    """A model from an ONNX file or a CTranslate2 folder, or with `unsafe_pickle` from a folder with pytorch_model.bin.
+
+    A pickle is read by a confined child process. Raises InputError: no such container, or no model known in it.
+    """
+    from headway.checkpoints.foreign import read_foreign
+    from headway.checkpoints.unpickle import read_pickle
+
+    place = Path(path)
+    notes: list[str] = []
+    if unsafe_pickle:
+        raw = hub_folder.read_json(place / hub_folder.CONFIG)
+        tensors, beside = read_pickle(place / hub_folder.PICKLES[0]), place
+    else:
+        raw, tensors, found = read_foreign(place, say=notes.append)
+        beside = next(iter(found.values())).parent if found else place
+    where = hub_folder.Tensors(str(place), tensors)
+    checkpoint = hub_folder.translate(raw, where, f"{place} (config)")
+    return _published(checkpoint, beside, notes)
+
+
+def is_container(place: Path) -> bool:
+    """Whether `load_container` is meant: a file that is no GGUF, or a folder with model.bin and no safetensors."""
+    if place.is_dir():
+        ours = any((place / name).exists() for name in (hub_folder.WEIGHTS, hub_folder.INDEX))
+        return (place / "model.bin").is_file() and not ours
+    with files.open_regular(place) as file:
+        return file.read(4) != MAGIC

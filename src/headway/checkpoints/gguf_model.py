@@ -161,6 +161,24 @@ def _blocks(rule: Rule, file: Gguf) -> Iterator[tuple[str, Tensor]]:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
+def gguf_metadata(config: ModelConfig, family: Family) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """What a GGUF file says of this config, and the factors of its rotary frequencies, which stand in tensors.
+
+    Raises ConfigError: the family has no GGUF form, or its form cannot express this config.
+    """
+    if family.gguf is None:
+        raise ConfigError("--to gguf", f"llama.cpp has no architecture for {family.model_type}", "--to hf")
+    names = dialect(family)
+    # These two become factors per frequency, in tensors of their own.
+    factored = getattr(getattr(config.positions, "scaling", None), "type", "") in ("llama3", "longrope")
+    ignoring = (*_ELSEWHERE, "positions.scaling") if factored else _ELSEWHERE
+    said = write_config(names, names.model_type, config, ignoring=ignoring)
+    factors = {key: torch.tensor(said.pop(key)) for key in FACTORS if key in said}
+    dropped = {"model_type", "architectures", "vocab_size", *HAS}
+    metadata = {key: value for key, value in said.items() if key not in dropped and value is not None}
+    return metadata | {f"{names.model_type}.vocab_size": config.vocab_size}, factors
+
+
 def gguf_chunks(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
@@ -178,16 +196,10 @@ def gguf_chunks(
 
     Raises ConfigError: the family has no GGUF form, or its form cannot express this config.
     """
-    if family.gguf is None:
-        raise ConfigError("--to gguf", f"llama.cpp has no architecture for {family.model_type}", "--to hf")
     if kind not in FORMATS:
         raise ConfigError("--dtype", f"{kind!r}", f"one of {', '.join(FORMATS)}")
+    said, factors = gguf_metadata(config, family)
     names = dialect(family)
-    # These two become factors per frequency, in tensors of their own.
-    factored = getattr(getattr(config.positions, "scaling", None), "type", "") in ("llama3", "longrope")
-    ignoring = (*_ELSEWHERE, "positions.scaling") if factored else _ELSEWHERE
-    said = write_config(names, names.model_type, config, ignoring=ignoring)
-    factors = {key: torch.tensor(said.pop(key)) for key in FACTORS if key in said}
     metadata: dict[str, object] = {
         "general.architecture": names.model_type,
         "general.type": "model",
@@ -195,10 +207,7 @@ def gguf_chunks(
         "general.file_type": FORMATS[kind],
         "general.quantization_version": 2,
     }
-    dropped = {"model_type", "architectures", "vocab_size", *HAS}
-    metadata |= {key: value for key, value in said.items() if key not in dropped and value is not None}
-    metadata[f"{names.model_type}.vocab_size"] = config.vocab_size
-    yield from write_gguf(metadata | dict(vocabulary or {}), _sources(config, weights, names, kind) | {
+    yield from write_gguf(metadata | said | dict(vocabulary or {}), _sources(config, weights, names, kind) | {
         key: Source("F32", tuple(value.shape), value) for key, value in factors.items()
     })  # fmt: skip
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headway.checkpoints.raw import looks_like_pickle
 from headway.errors import BugError, InputError
 from headway.files import Chunk, open_regular
 from headway.strict import strict_json
@@ -218,6 +219,10 @@ def _parse(where: str, size: int, head: bytes) -> tuple[dict[str, str], dict[str
 
 def _read_header(file: BufferedReader, where: str) -> tuple[dict[str, str], dict[str, Entry], int]:
     size = file.seek(0, 2)
+    file.seek(0)
+    if looks_like_pickle(file.read(64)):
+        fix = "headway convert --unsafe-pickle FOLDER DST"
+        raise InputError(where, "a pickle, which can run code", "a safetensors file", fix)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER):

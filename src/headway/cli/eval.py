@@ -26,6 +26,7 @@ class Options(Common):
     encoding_errors: Annotated[str, option(help="strict, replace or skip.")] = "strict"
     skip_bad_rows: Annotated[bool, option("--skip-bad-rows", help="Leave out broken JSONL rows.")] = False
     threads: Annotated[int | None, option(min=1, help="Threads of the CPU [torch's choice].")] = None
+    dtype: Annotated[str, option(help="float32, float16, bfloat16, or stored.")] = "float32"
     device: Annotated[str, option(help="cpu or cuda.")] = "cpu"
     force_tokenizer: Annotated[bool, option("--force-tokenizer", help="Accept another tokenizer.")] = False
 
@@ -42,7 +43,7 @@ def run(options: Options) -> None:
 
     import torch
 
-    from headway import api
+    from headway import api, loading
     from headway.cli.display import Display
     from headway.data import ReadReport, documents
     from headway.data.sources import find_files
@@ -55,7 +56,8 @@ def run(options: Options) -> None:
     reading = {"encoding_errors": options.encoding_errors, "skip_bad_rows": options.skip_bad_rows}
     how = read_options(RunConfig(data=reading).data)  # type: ignore[arg-type]  # checked there
     total = sum(file.stat().st_size for file in find_files(options.data, how, ReadReport()))
-    loaded = api.load(path, force_tokenizer=options.force_tokenizer, device=options.device)
+    dtype = loading.dtype_of(options.dtype)
+    loaded = api.load(path, dtype=dtype, force_tokenizer=options.force_tokenizer, device=options.device)
     for line in loaded.notes:
         note(f"note: {line}")
     encode, report, began = loaded.words.encode, ReadReport(), time.perf_counter()

