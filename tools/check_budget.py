@@ -27,6 +27,9 @@ FORBIDDEN = {
     "pickle": re.compile(r"\bimport pickle\b|\bpickle\.|\btorch\.(load|save)\("),
     "bare except": re.compile(r"^\s*except:"),
 }
+# The one call that reads a pickle, in a child that has given up memory, network and writing (rows K9, K10).
+_CALL = 'found = torch.load(str(path) if mapped else file, map_location="cpu", mmap=mapped, weights_only=True)'
+ALLOWED = {("unpickle.py", _CALL)}
 
 
 def swallows(node: ast.AST) -> bool:
@@ -55,7 +58,7 @@ def check_file(path: Path, text: str, bodies: dict[str, list[str]]) -> Iterator[
         yield f"{path}: {len(lines)} lines, at most {limit}"
     for number, line in enumerate(lines, 1):
         for name, pattern in FORBIDDEN.items():
-            if pattern.search(line):
+            if pattern.search(line) and (path.name, line.strip()) not in ALLOWED:
                 yield f"{path}:{number}: {name}: {line.strip()[:80]}"
     for node in ast.walk(ast.parse(text, str(path))):
         if swallows(node):
