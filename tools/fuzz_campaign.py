@@ -4,7 +4,7 @@
 
 For each parser a few small valid files are damaged, one to four times each: bytes changed, taken out, put in, copied,
 the rest cut off. Each mutant must be read, or refused by an InputError or ConfigError; anything else is an escape.
-Children do the work with 512 MB of address space beyond what they begin with, so a length that is believed kills one and
+Children do the work with 512 MB of address space beyond what they begin with, so a believed length kills one and
 counts as an escape too. The last line is JSON: mutants, refused, escapes, median and worst milliseconds, MB grown.
 """
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headway.api import build, embed, fill_mask, generate, load, train
+    from headway.api import build, embed, fill_mask, generate, load, train, transcribe
     from headway.config import ModelConfig
     from headway.run_config import RunConfig
 
 __version__ = "0.1.0"
-__all__ = ["ModelConfig", "RunConfig", "__version__", "build", "embed", "fill_mask", "generate", "load", "train"]
+__all__ = ["ModelConfig", "RunConfig", "__version__"]
+__all__ += ["build", "embed", "fill_mask", "generate", "load", "train", "transcribe"]
 
 _HOMES = {
     "ModelConfig": "headway.config",
@@ -25,6 +26,7 @@ _HOMES = {
     "generate": "headway.api",
     "load": "headway.api",
     "train": "headway.api",
+    "transcribe": "headway.api",
 }
 
 

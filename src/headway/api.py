@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from headway.config import ModelConfig
-from headway.errors import InputError
+from headway.errors import ConfigError, InputError
 from headway.launch import Launch, OnEvent, RunResult, train
 from headway.loading import Loaded
 from headway.loading import load as _load
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from headway.generation.decode import OnText
 
 
-__all__ = ["Launch", "Loaded", "OnEvent", "RunResult", "build", "embed", "fill_mask", "generate", "load", "train"]
+__all__ = ["Launch", "Loaded", "OnEvent", "RunResult"]
+__all__ += ["build", "embed", "fill_mask", "generate", "load", "train", "transcribe"]
 
 
 def build(config: ModelConfig | Mapping[str, Any]) -> Transformer:
@@ -64,6 +66,32 @@ def fill_mask(loaded: Loaded, text: str, *, top: int = 5) -> list[list[Guess]]:
     from headway.evaluation.fill_mask import fill_mask as fill
 
     return fill(loaded.model, loaded.words, text, top=top)
+
+
+def transcribe(loaded: Loaded, audio: str | Path | Tensor, *, language: str | None = None) -> str:
+    """The words in a recording.
+
+    Args:
+        loaded: a Whisper model. audio: a WAV file, or samples at 16 kHz (n,) between -1 and 1.
+        language: a code such as `en`, for models of several languages.
+
+    Longer recordings are cut into pieces of 30 seconds. Raises ConfigError, InputError.
+    """
+    from headway.data.audio import RATE, log_mel, read_wav
+    from headway.generation.transcribe import decoder_prefix
+    from headway.generation.transcribe import transcribe as hear
+
+    front, raw = loaded.config.embeddings.audio, loaded.raw
+    if front is None:
+        raise ConfigError("kind", f"{loaded.config.kind} without an audio front end hears nothing", "a Whisper model")
+    samples = audio if isinstance(audio, Tensor) else read_wav(Path(audio))
+    prefix = decoder_prefix(loaded.words, raw, loaded.config.tokens.decoder_start or 0, language)
+    banned, banned_first = raw.get("suppress_tokens") or (), raw.get("begin_suppress_tokens") or ()
+    ids: list[int] = []
+    for piece in torch.split(samples, front.frames * RATE // 100):  # a frame is 10 ms
+        features = log_mel(piece, bins=front.bins, frames=front.frames)
+        ids += hear(loaded.model, loaded.words, features, prefix=prefix, banned=banned, banned_first=banned_first)
+    return loaded.words.decode(ids).strip()
 
 
 def generate(

@@ -7,7 +7,7 @@ Hugging Face folder, the magic GGUF a GGUF file. Saving in another form is `savi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from headway.checkpoints.folder import MANIFEST, WEIGHTS, Manifest, list_checkpo
 from headway.checkpoints.gguf import MAGIC
 from headway.checkpoints.gguf_model import GgufModel
 from headway.checkpoints.tensors import read_tensors, tensor_hash
-from headway.config import ModelConfig
+from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError
+from headway.families._translate import plan
 from headway.launch import CONFIG, MODEL, TOKENIZER
 from headway.nn import Transformer
 from headway.strict import strict_json
@@ -250,7 +251,41 @@ _TOKENIZERS = (
 
 
 def _load_folder(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
-    return _published(hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite), place, [])
+    found = hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite)
+    return _published(_pooled_as_said(found, place), place, [])
+
+
+def _pooled_as_said(found: hub_folder.Checkpoint, place: Path) -> hub_folder.Checkpoint:
+    """A bare encoder with the pooling that files beside it name (sentence-transformers); its own is then unread."""
+    head = pooling_beside(place)
+    if head is None or found.config.kind != "encoder" or not isinstance(found.config.head, PooledEmbedding):
+        return found
+    config = with_fields(found.config, head=head)
+    with torch.device("meta"):
+        names = Transformer(config).state_dict().keys()
+    unread = dict(found.unread)
+    for rule in plan(found.family, found.family.heads[found.architecture], found.config).rules:
+        if rule.names[0] not in names:
+            unread |= rule.scatter(found.weights[rule.names[0]])
+    weights = {name: tensor for name, tensor in found.weights.items() if name in names}
+    return replace(found, config=config, weights=weights, unread=unread)
+
+
+def pooling_beside(place: Path) -> PooledEmbedding | None:
+    """What `1_Pooling/config.json` and modules.json say, None without them. Raises InputError for another pooling."""
+    path = place / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    said = hub_folder.read_json(path)
+    on = [name for name, value in said.items() if name.startswith("pooling_mode_") and value is True]
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
+    if len(on) != 1 or on[0] not in modes:
+        raise InputError(str(path), f"{', '.join(on) or 'no pooling'}", f"one of {', '.join(modes)}")
+    modules = place / "modules.json"
+    steps = strict_json(files.read_bytes(modules, 1 << 20), str(modules)) if modules.is_file() else []
+    types = [str(step.get("type")) for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    normalizes = any(name.endswith(".Normalize") for name in types)
+    return PooledEmbedding(pooling=modes[on[0]], normalize=normalizes)  # type: ignore[arg-type]  # one of Pooling
 
 
 def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> Loaded:

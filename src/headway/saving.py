@@ -23,7 +23,7 @@ from headway.families import Family, families
 from headway.launch import MODEL
 from headway.loading import Loaded
 from headway.nn.packed import PackedEmbedding, PackedLinear
-from headway.text.gguf_vocab import to_gguf
+from headway.text.gguf_vocab import TYPES, to_gguf
 
 FORMS = ("hf", "gguf", "headway")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -146,7 +146,7 @@ def _save_gguf(
         raise MachineError(str(place), "exists", "a new file", "--overwrite, or another name")
     chosen, _ = family_for(loaded, model_type)
     vocabulary = to_gguf(loaded.words)
-    chunks = gguf_chunks(loaded.config, weights, chosen, kind=kind, name=place.stem, vocabulary=vocabulary)
+    chunks = gguf_chunks(loaded.config, weights, chosen, kind=kind, name=place.stem, vocabulary=vocabulary, types=TYPES)
     files.make_dir(place.absolute().parent)
     files.atomic_write(place, chunks)
     return place

@@ -66,7 +66,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "scaled": {"query_pre_attn_scalar": 16},
     },
     "gemma3_text": {"pattern": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}},
-    "phi3": {"longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 8}},
+    "phi3": {
+        "longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 8, "sliding_window": None},
+        "no-window": {"sliding_window": None},
+    },
     "smollm3": {"no-positions": {"no_rope_layer_interval": 2, "no_rope_layers": None}},
     "starcoder2": {"no-biases": {"use_bias": False}, "no-window": {"sliding_window": None}},
     "gpt_neox": {"sequential": {"use_parallel_residual": False}},
@@ -122,8 +125,13 @@ def config_keys(row: Reference) -> dict[str, Any]:
 
 @functools.cache
 def build(row: Reference) -> torch.nn.Module:
-    """The random model: every parameter drawn, so that no norm is the identity and no bias is zero."""
-    config = CONFIG_MAPPING[row.model_type](**config_keys(row))
+    """The random model of a row."""
+    return build_with(row, config_keys(row))
+
+
+def build_with(row: Reference, keys: Mapping[str, Any]) -> torch.nn.Module:
+    """A random model: every parameter drawn, so that no norm is the identity and no bias is zero."""
+    config = CONFIG_MAPPING[row.model_type](**keys)
     config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, row.architecture)(config).eval()

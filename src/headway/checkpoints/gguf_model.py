@@ -187,12 +187,14 @@ def gguf_chunks(
     kind: str = "F32",
     name: str = "model",
     vocabulary: Mapping[str, object] | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> Iterator[Chunk]:
     """The bytes of a GGUF file that llama.cpp loads.
 
     Args:
         kind: format of the matrices (a name of FORMATS); vectors stay F32, and rows that its blocks do not divide too.
-        name: `general.name`. vocabulary: the `tokenizer.*` metadata.
+        name: `general.name`. vocabulary: the `tokenizer.*` metadata, `types` those of its values that
+            are not what write_gguf takes them for.
 
     Raises ConfigError: the family has no GGUF form, or its form cannot express this config.
     """
@@ -207,9 +209,9 @@ def gguf_chunks(
         "general.file_type": FORMATS[kind],
         "general.quantization_version": 2,
     }
-    yield from write_gguf(metadata | said | dict(vocabulary or {}), _sources(config, weights, names, kind) | {
-        key: Source("F32", tuple(value.shape), value) for key, value in factors.items()
-    })  # fmt: skip
+    tensors = _sources(config, weights, names, kind)
+    tensors |= {key: Source("F32", tuple(value.shape), value) for key, value in factors.items()}
+    yield from write_gguf(metadata | said | dict(vocabulary or {}), tensors, types)
 
 
 def _sources(config: ModelConfig, weights: Mapping[str, Tensor], names: Family, kind: str) -> dict[str, Source]:

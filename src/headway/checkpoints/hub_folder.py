@@ -7,7 +7,10 @@ the mapped file, those that are joined are copied once and their pages given bac
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +21,12 @@ import torch
 from torch import Tensor
 
 from headway import files
-from headway.checkpoints.tensors import TensorFile, write_tensors
+from headway.checkpoints.raw import looks_like_pickle
+from headway.checkpoints.tensors import DTYPES, TensorFile, write_tensors
 from headway.config import ModelConfig, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import Family, families, family_of
-from headway.families._translate import Plan, is_unread, plan, read_config, write_config
+from headway.families._translate import CODE_KEYS, Plan, is_unread, plan, read_config, write_config
 from headway.strict import strict_json
 
 CONFIG = "config.json"
@@ -32,6 +36,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_JSON = 1 << 26
 SHARD_BYTES = 5_000_000_000
 _BARE = re.compile(r"[^./\\\0:][^/\\\0:]{0,254}")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -60,34 +65,48 @@ class Tensors:
     """The tensors of one or several safetensors files, or of a dict, under one roof: shapes at once, data on demand."""
 
     def __init__(self, where: str, held: Mapping[str, Tensor | TensorFile]) -> None:
-        self.where, self._held = where, held
+        self.where = where
+        self._held = {name: (name, one) for name, one in held.items()}  # with the name that it has there
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The same tensors, some under other names: {old: new}."""
+        out = Tensors(self.where, {})
+        out._held = {names.get(name, name): held for name, held in self._held.items()}
+        return out
+
     def place(self, name: str) -> str:
         """The file that holds a tensor."""
-        held = self._held[name]
+        _, held = self._held[name]
         return str(held.path) if isinstance(held, TensorFile) else self.where
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the data."""
-        held = self._held[name]
-        return held.entries[name].shape if isinstance(held, TensorFile) else tuple(held.shape)
+        own, held = self._held[name]
+        return held.entries[own].shape if isinstance(held, TensorFile) else tuple(held.shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Without reading the data."""
+        own, held = self._held[name]
+        return DTYPES[held.entries[own].dtype] if isinstance(held, TensorFile) else held.dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        held = self._held[name]
-        return held[name] if isinstance(held, TensorFile) else held
+        own, held = self._held[name]
+        return held[own] if isinstance(held, TensorFile) else held
 
     def release(self, names: Iterable[str]) -> None:
         """The data of these tensors stands elsewhere now."""
-        for name in names:
-            held = self._held[name]
+        for own, held in (self._held[name] for name in names):
             if isinstance(held, TensorFile):
-                held.release(name)
+                held.release(own)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,29 +118,45 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> Tensors:
-    """The weights of a folder. Raises InputError: none there, pickles only, an index that does not fit its shards."""
-    if (folder / INDEX).exists():
-        return Tensors(str(folder / INDEX), _shards(folder))
-    if not (folder / WEIGHTS).exists():
+    """The weights of a folder; one file goes before shards, as elsewhere.
+
+    Raises InputError: none there, pickles only, an index that does not fit its shards.
+    """
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         pickled = next((name for name in PICKLES if (folder / name).exists()), None)
-        if pickled:
-            fix = f"headway convert --unsafe-pickle {folder} DST"
-            raise InputError(str(folder / pickled), "pickled weights, which can run code", WEIGHTS, fix)
-    file = TensorFile(folder / WEIGHTS)
-    return Tensors(str(folder / WEIGHTS), dict.fromkeys(file.entries, file))
+        if pickled and not (folder / WEIGHTS).exists():
+            raise _pickled(folder / pickled)
+        file = _open(folder / WEIGHTS)
+        return Tensors(str(folder / WEIGHTS), dict.fromkeys(file.entries, file))
+    return Tensors(str(folder / INDEX), _shards(folder))
+
+
+def _open(path: Path) -> TensorFile:
+    with files.open_regular(path) as file:
+        if looks_like_pickle(file.read(64)):
+            raise _pickled(path)
+    return TensorFile(path)
+
+
+def _pickled(path: Path) -> InputError:
+    fix = f"headway convert --unsafe-pickle {path.parent} DST"
+    return InputError(str(path), "pickled weights, which can run code", f"safetensors in {WEIGHTS}", fix)
 
 
 def _shards(folder: Path) -> dict[str, TensorFile]:
     """Every tensor's shard by the index, checked both ways."""
     where = str(folder / INDEX)
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+    tree = read_json(folder / INDEX)
+    index, metadata = tree.get("weight_map"), tree.get("metadata")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
         raise InputError(f"{where} weight_map", "missing or malformed", "names of tensors with names of files")
-    opened: dict[str, TensorFile] = {}
-    for shard in sorted(set(index.values())):
+    shards = sorted(set(index.values()))
+    for shard in shards:
         if not _BARE.fullmatch(shard):
             raise InputError(f"{where} weight_map", f"shard {shard[:80]!r}", "a bare file name in the same folder")
-        opened[shard] = TensorFile(folder / shard)
+    opened: dict[str, TensorFile] = {}
+    for shard in shards:
+        opened[shard] = _open(folder / shard)
         for name in opened[shard].entries:
             if index.get(name) != shard:
                 owner = index.get(name, "no shard")
@@ -130,6 +165,13 @@ def _shards(folder: Path) -> dict[str, TensorFile]:
     if missing:
         found = f"tensor {missing[0][:80]!r} is not in it"
         raise InputError(str(folder / index[missing[0]]), found, f"it by {where}")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(entry.end - entry.begin for file in opened.values() for entry in file.entries.values())
+    if said is not None and said != total:
+        sizes = ", ".join(
+            f"{name} {sum(e.end - e.begin for e in file.entries.values())}" for name, file in opened.items()
+        )
+        raise InputError(f"{where} metadata.total_size", repr(said)[:80], f"{total} bytes of data ({sizes[:400]})")
     return {name: opened[shard] for name, shard in index.items()}
 
 
@@ -160,27 +202,41 @@ def translate(
     """Published config and tensors in our terms. Raises InputError; see `read_folder`."""
     family = family_of(raw, where)
     config, _, architecture, notes = read_config(family, raw, where)
+    layers, networks = config.n_layers + config.n_decoder_layers, getattr(config.feed_forward.experts, "experts", 1)
+    if layers * networks > len(tensors):  # said before so many modules are made
+        found = f"{layers} layers of {networks} feed-forward networks"
+        raise InputError(where, found, f"at most {len(tensors)}, as many as there are tensors in {tensors.where}")
     wanted = fitting_plan(family, architecture, config, tensors)
+    # Of tied tensors a file may hold any one (the first by name in some of huggingface.co's conversions).
+    other = {kept: one for one, kept in wanted.spare.items() if one in tensors and kept not in tensors}
+    tensors = tensors.renamed({one: kept for kept, one in other.items()})
     unread = check(wanted, family, tensors, where)
-    if any(not torch.equal(tensors[one], tensors[other]) for one, other in wanted.spare.items() if one in tensors):
+    if config.embeddings.tied and _differing(wanted, tensors):
         # Both tables are there and differ: the config's word for it is wrong (T5 1.1 as transformers 5 saves it).
         notes.append(f"{tensors.where}: output and embedding differ although {where} ties them; they stay apart")
         untied = config.embeddings.model_copy(update={"tied": False})
         config = with_fields(config, embeddings=untied)
         wanted = fitting_plan(family, architecture, config, tensors)
-    if dtype is None:
-        notes += _dtype_note(raw, tensors, where)
+        unread = check(wanted, family, tensors, where)
+    for one in _differing(wanted, tensors):
+        raise InputError(tensors.place(one), f"tensor {one} differs from {wanted.spare[one]}", "one table for both")
+    tensors.release(one for one in wanted.spare if one in tensors)
     weights: dict[str, Tensor] = {}
     for rule in wanted.rules:
-        tensor = rule.gather(tensors.__getitem__)
         names = [name for name, _ in rule.leaves()]
+        for name in names:
+            if tensors.dtype(name) not in _FLOATS:
+                raise InputError(tensors.place(name), f"tensor {name} is {_said(tensors.dtype(name))}", _KNOWN)
+        tensor = rule.gather(tensors.__getitem__)
         if not allow_nonfinite:
             _check_finite(tensor, names, tensors)
-        if dtype is not None and tensor.is_floating_point() and tensor.dtype is not dtype:
+        if dtype is not None:
             tensor = tensor.to(dtype)
         if len(names) != 1 or tensor.data_ptr() != tensors[names[0]].data_ptr():
             tensors.release(names)
         weights |= dict.fromkeys(rule.names, tensor)
+    if dtype is None:
+        notes += _dtype_note(raw, weights, tensors.where, where)
     if unread:
         notes.append(f"{tensors.where}: {len(unread)} tensors are not read by this model ({', '.join(unread[:3])})")
     return Checkpoint(config, weights, family, architecture, raw, notes, {name: tensors[name] for name in unread})
@@ -195,7 +251,16 @@ def fitting_plan(family: Family, architecture: str, config: ModelConfig, tensors
         return sum(name in tensors for name in _body_names(family, prefix))
 
     best = max(prefixes, key=lambda prefix: (found(prefix), prefix == head.prefix))
-    return plan(family, head, config, best)
+    try:
+        return plan(family, head, config, best)
+    except ConfigError as error:
+        raise InputError(tensors.where, error.found, error.expected) from None
+
+
+def _differing(wanted: Plan, tensors: Tensors) -> list[str]:
+    """Second names of a table under which the file holds other values."""
+    both = [(one, kept) for one, kept in wanted.spare.items() if one in tensors]
+    return [one for one, kept in both if not torch.equal(tensors[one], tensors[kept])]
 
 
 def _body_names(family: Family, prefix: str) -> list[str]:
@@ -207,15 +272,15 @@ def _body_names(family: Family, prefix: str) -> list[str]:
 def check(wanted: Plan, family: Family, tensors: Tensors, where: str) -> list[str]:
     """Names and shapes against the file. Returns the names that nobody reads.
 
-    Raises InputError: the first misshapen tensor with both shapes, or missing and unexpected ones counted, with five
-    of them and the family whose names they are (K8, F9).
+    Raises InputError: the first misshapen tensor with both shapes and the number of others, or missing and unexpected
+    ones counted, with five of them and the family whose names they are (K8, F9).
     """
     needed = dict(leaf for rule in wanted.rules for leaf in rule.leaves())
-    for name, shape in needed.items():
-        if name in tensors and tensors.shape(name) != shape:
-            raise InputError(
-                tensors.place(name), f"tensor {name} has shape {tensors.shape(name)}", f"{shape} by {where}"
-            )
+    wrong = [name for name, shape in needed.items() if name in tensors and tensors.shape(name) != shape]
+    for name in wrong:
+        more = f", and {len(wrong) - 1} others do not fit" if len(wrong) > 1 else ""
+        found = f"tensor {name} has shape {tensors.shape(name)}{more}"
+        raise InputError(tensors.place(name), found, f"{needed[name]} by {where}", _likely(family, tensors))
     missing = [name for name in needed if name not in tensors]
     doubles = {name: wanted.spare[name] for name in wanted.spare if name in tensors}
     for name, kept in doubles.items():
@@ -234,22 +299,37 @@ def check(wanted: Plan, family: Family, tensors: Tensors, where: str) -> list[st
 
 
 def _likely(family: Family, tensors: Tensors) -> str:
-    """Whose names these are, where they fit another family better."""
-    names = {re.sub(r"\.\d+\.", ".0.", name) for name in tensors}
+    """Whose names these are, where they fit the usual names of another family better."""
 
     def fit(other: Family) -> float:
-        known = {name for head in other.heads.values() for name in _body_names(other, head.prefix)}
-        return len(names & known) / max(len(names), 1)
+        prefix, known = _usual_names(other.model_type)
+        names = {_unnumbered(name).removeprefix(prefix) for name in tensors}
+        return len(names & known) / len(names | known)
 
     best = max(families().values(), key=fit)
-    if best is family or fit(best) <= fit(family):
+    if fit(best) <= max(0.3, fit(family) if family.model_type in families() else 0.0):
         return ""
     return f'the names look like {best.model_type}: "model_type": "{best.model_type}" with its config'
 
 
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".0", name)
+
+
+@functools.cache
+def _usual_names(model_type: str) -> tuple[str, set[str]]:
+    """What names begin with in a family's usual architecture, and without that and numbers those of its defaults."""
+    family = families()[model_type]
+    config = read_config(family, {}, model_type).config
+    small = with_fields(config, n_layers=2, n_decoder_layers=min(config.n_decoder_layers, 2))
+    head = next(iter(family.heads.values()))
+    rules = plan(family, head, small, "").rules
+    return head.prefix, {_unnumbered(name) for rule in rules for name, _ in rule.leaves()}
+
+
 def _check_finite(tensor: Tensor, names: list[str], tensors: Tensors) -> None:
     """One pass over the sum; the count only where that fails (K11)."""
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
         return
     for name in names:
         bad = int((~torch.isfinite(tensors[name])).sum())
@@ -258,14 +338,21 @@ def _check_finite(tensor: Tensor, names: list[str], tensors: Tensors) -> None:
             raise InputError(tensors.place(name), found, "finite weights", "--allow-nonfinite to load them as they are")
 
 
-def _dtype_note(raw: Mapping[str, Any], tensors: Tensors, where: str) -> list[str]:
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_KNOWN = f"one of {', '.join(map(_said, _FLOATS))}"
+
+
+def _dtype_note(raw: Mapping[str, Any], weights: Mapping[str, Tensor], held: str, where: str) -> list[str]:
     """Config and file may name two dtypes; the file's counts until --dtype says otherwise (K7)."""
     said = raw.get("dtype", raw.get("torch_dtype"))
-    first = next((tensors[name].dtype for name in tensors if tensors[name].is_floating_point()), None)
-    if said is None or first is None or str(first).removeprefix("torch.") == said:
+    found = sorted({_said(tensor.dtype) for tensor in weights.values()})
+    if said is None or found == [said]:
         return []
     return [
-        f"{where} says dtype {said}, the weights are {str(first).removeprefix('torch.')} and stay so (--dtype casts)"
+        f"{where} says dtype {said!r:.40}, the weights of {held} are {' and '.join(found)} and stay so (--dtype casts)"
     ]
 
 
@@ -320,12 +407,12 @@ def folder_files(
     """
     head = family.heads[architecture]
     body = write_config(family, architecture, config, raw)
-    out: dict[str, Tensor] = dict(unread or {})
+    out: dict[str, Tensor] = {}
     for rule in plan(family, head, config).rules:
         tensor = weights[rule.names[0]].detach()
-        out |= rule.scatter(tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype))
-    stored = next((tensor.dtype for tensor in out.values() if tensor.is_floating_point()), torch.float32)
-    name = str(stored).removeprefix("torch.")
+        out |= rule.scatter(tensor if dtype is None else tensor.to(dtype))
+    name = _said(next(iter(out.values())).dtype)
+    out |= unread or {}
     tree = {**_kept(raw, family), **body, "dtype": name, "torch_dtype": name}
     yield CONFIG, json.dumps(tree, indent=2, sort_keys=True).encode() + b"\n"
     shards = _split(out, shard_bytes)
@@ -344,7 +431,7 @@ def _kept(raw: Mapping[str, Any] | None, family: Family) -> dict[str, Any]:
     """Keys of the original config that we do not write ourselves and that still hold."""
     if not raw or raw.get("model_type") != family.model_type:
         return {}
-    dropped = {"auto_map", "_name_or_path", "transformers_version", "rope_scaling", "quantization_config"}
+    dropped = {*CODE_KEYS, "_name_or_path", "transformers_version", "rope_scaling", "quantization_config"}
     return {key: value for key, value in raw.items() if key not in dropped}
 
 
@@ -362,29 +449,37 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 
 
 def write_folder(target: Path, contents: Iterable[tuple[str, files.Content]], *, overwrite: bool = False) -> None:
-    """A new folder with these files: complete or not there at all.
+    """A new folder with these files: complete or not there at all. A link is followed and stays a link.
 
-    Raises MachineError: it exists and is not empty (unless `overwrite`), or the disk refuses.
+    An older folder stays until the new one is complete and goes as a whole, so weights may come from it (S12); killed
+    between two renames, it stands beside as `.tmp-*`.
+
+    Raises MachineError: it exists and is not empty (unless `overwrite`), it is no folder of a model, the disk refuses.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise MachineError(str(target), "exists and is not empty", "a new folder", "--overwrite, or another name")
-    files.make_dir(target.absolute().parent)
-    temporary = files.temporary_sibling(target.absolute())
+    files.check_target(target, overwrite)
+    target = Path(os.path.realpath(target))
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).exists():
+        raise MachineError(
+            str(target), f"holds files but no {CONFIG}", "a folder of a model to overwrite", "another name"
+        )
+    files.make_dir(target.parent)
+    temporary, old = files.temporary_sibling(target), files.temporary_sibling(target)
     try:
-        files.make_dir(temporary)
         for name, content in contents:
+            files.make_dir((temporary / name).parent)
             files.write(temporary / name, content)
             files.sync(temporary / name)
+            files.sync((temporary / name).parent)
         files.sync(temporary)
         if target.exists():
-            old = files.temporary_sibling(target.absolute())
             files.rename(target, old)
-            files.rename(temporary, target)
-            files.remove_tree(old)
-        else:
-            files.rename(temporary, target)
+        files.rename(temporary, target)
     except BaseException:
-        if temporary.exists():
+        with contextlib.suppress(MachineError):
+            if old.exists() and not target.exists():
+                files.rename(old, target)
+        with contextlib.suppress(MachineError):
             files.remove_tree(temporary)
         raise
-    files.sync(target.absolute().parent)
+    files.sync(target.parent)
+    files.remove_tree(old)

@@ -46,7 +46,7 @@ SIZES = {
 # Their names of the fields of a scaling, by its type; what a file leaves out keeps our default.
 _SCALINGS: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
-    "dynamic": {"factor": "factor", "original_max_position_embeddings": "original_len"},
+    "dynamic": {"factor": "factor"},
     "yarn": {
         "factor": "factor",
         "original_max_position_embeddings": "original_len",
@@ -68,36 +68,37 @@ _SCALINGS: dict[str, dict[str, str]] = {
 }
 
 
-def rope(theta: float = 10000.0, *, fraction: float = 1.0, local: float | None = None) -> Special:
+def rope(theta: float = 10000.0, *, fraction: float | None = None, local: float | None = None) -> Special:
     """RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`; written in both forms.
 
+    `fraction` is the default share of a head that turns, None where an architecture always turns the whole head.
     `local` is the default theta of sliding layers where these have one of their own (`rope_local_base_freq`).
     """
 
     def read(raw: Raw) -> dict[str, object]:
-        given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        own: Raw = given.get("sliding_attention") or {}
-        full: Raw = given.get("full_attention") or given
-        out: dict[str, object] = {
-            "positions.type": "rope",
-            "positions.theta": full.get("rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", theta))),
-            "positions.fraction": full.get(
-                "partial_rotary_factor", raw.get("partial_rotary_factor", raw.get("rotary_pct", fraction))
-            ),
-        }
-        if local is not None:
-            out["positions.window_theta"] = own.get("rope_theta", raw.get("rope_local_base_freq", local))
-        return out | _read_scaling(full, raw)
+        given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        full = _part(given, "full_attention", given)
+        own = _part(raw.get("rope_parameters") or {}, "sliding_attention", {})
+        used = _first(full, THETAS[:1], _first(raw, THETAS, theta))
+        share = _first(full, SHARES[:1], _first(raw, SHARES, fraction or 1.0))
+        if fraction is None and share != 1:
+            raise InputError("partial_rotary_factor", repr(share)[:80], "1.0: here a head turns as a whole")
+        out = {"positions.type": "rope", "positions.theta": used, "positions.fraction": share, **_scaling(full, raw)}
+        window = _first(own, THETAS[:1], _first(raw, WINDOW_THETAS, local))
+        if local is not None and (window != used or "positions.scaling.type" in out):
+            out["positions.window_theta"] = window
+        return out
 
     def write(config: ModelConfig) -> dict[str, object]:
         positions = config.positions
-        assert isinstance(positions, Rope)
+        if not isinstance(positions, Rope):
+            return {}
         full: dict[str, object] = {"rope_type": "default", "rope_theta": positions.theta}
-        if fraction != 1.0 or positions.fraction != 1.0:
+        if fraction is not None and not fraction == positions.fraction == 1.0:
             full["partial_rotary_factor"] = positions.fraction
         scaling = positions.scaling
         extra: dict[str, object] = {}
-        if scaling.type != "none":
+        if scaling.type in _SCALINGS:
             given = scaling.model_dump(mode="json", exclude_none=True)
             full["rope_type"] = scaling.type
             full |= {theirs: given[ours] for theirs, ours in _SCALINGS[scaling.type].items() if ours in given}
@@ -106,30 +107,48 @@ def rope(theta: float = 10000.0, *, fraction: float = 1.0, local: float | None =
             extra["original_max_position_embeddings"] = scaling.original_len
         if local is None:
             return {"rope_parameters": full, "rope_theta": positions.theta, **extra}
-        own = {"rope_type": "default", "rope_theta": positions.window_theta}
+        own = {"rope_type": "default", "rope_theta": positions.window_theta or positions.theta}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": own}}
 
     return Special(read, write)
 
 
-def _read_scaling(given: Raw, raw: Raw) -> dict[str, object]:
+THETAS = ("rope_theta", "global_rope_theta", "rotary_emb_base")  # the second is ModernBERT's, the last GPT-NeoX's
+WINDOW_THETAS = ("rope_local_base_freq", "local_rope_theta")
+SHARES = ("partial_rotary_factor", "rotary_pct")
+
+
+def _first(given: Raw, names: Sequence[str], default: Any) -> Any:
+    """The value of the first of `names` that is there and not null."""
+    return next((given[name] for name in names if given.get(name) is not None), default)
+
+
+def _part(given: Raw, name: str, default: Raw) -> Raw:
+    """The parameters of one type of layer, whose rotary type must be the default one where others scale."""
+    part = _first(given, (name,), default)
+    if not isinstance(part, Mapping):
+        raise InputError(f"rope_parameters.{name}", repr(part)[:80], "keys and values")
+    if name == "sliding_attention" and part.get("rope_type", "default") != "default":
+        raise InputError(f"rope_parameters.{name}", f"rope_type {part['rope_type']!r:.80}", "default")
+    return part
+
+
+def _scaling(given: Raw, raw: Raw) -> dict[str, object]:
     kind = given.get("rope_type", given.get("type", "default"))
     if kind in ("default", "mrope") and "factor" not in given:
         return {}
-    kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first name for it
-    if kind not in _SCALINGS:
-        raise InputError(
-            "config.json rope_parameters", f"rope_type {kind!r}", f"one of default, {', '.join(_SCALINGS)}"
-        )
+    kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise InputError("rope_parameters", f"rope_type {kind!r:.40}", f"one of default, {', '.join(_SCALINGS)}")
     out: dict[str, object] = {"positions.scaling.type": kind}
-    # What the config says of the model as a whole counts where the scaling itself is silent.
-    beside = raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
     for theirs, ours in _SCALINGS[kind].items():
         value = given.get(theirs)
-        if value is None and ours == "original_len":
-            value = beside
+        if ours == "original_len":  # what the config says of the model as a whole goes first, as with Phi-3
+            value = _first(raw, (theirs,), value or raw.get("max_position_embeddings"))
         if value is not None:
             out[f"positions.scaling.{ours}"] = value
+    if kind == "dynamic":
+        out["positions.scaling.original_len"] = raw.get("max_position_embeddings")
     return out
 
 
@@ -150,30 +169,36 @@ def windows(
     key: str = "sliding_window",
     size: int | None = None,
     full: str = "causal",
-    inverse: tuple[Callable[[int], int], Callable[[int], int]] = (int, int),
+    inverse: tuple[Callable[[int], int], Callable[[int], int]] = (lambda width: width, lambda window: window),
     switch: str | None = None,
 ) -> Special:
     """Which layers slide: `layer_types`, or `default(their config, layer)` where a file does not say.
 
     `key` names the width, `size` its default; `inverse` turns theirs into our count of visible keys and back. Without
-    `default` every layer slides where a width is given. Windows are off unless the key `switch`, if any, is true.
+    `default` every layer slides where a width is given, whatever `layer_types` says. Windows are off unless the key
+    `switch`, if any, is true.
     """
 
     def read(raw: Raw) -> dict[str, object]:
         width = raw.get(key, size) if switch is None or raw.get(switch, False) else None
-        depth = next((raw[name] for name in ("num_hidden_layers", "n_layer") if name in raw), 1)
-        types = raw.get("layer_types")
-        slides = [
-            bool(width) and (types[i] == "sliding_attention" if types else default is None or default(raw, i))
-            for i in range(len(types) if types else depth)
-        ]
+        depth, types = raw["num_hidden_layers"], raw.get("layer_types") or None
+        if default is None or types is None:
+            slides = [default is None or default(raw, i) for i in range(depth)]
+        else:
+            slides = [one == "sliding_attention" for one in types]
+            other = [one for one, slid in zip(types, slides, strict=True) if not slid and one != "full_attention"]
+            if other or len(types) != depth:
+                found = f"{other[0]!r:.80}" if other else f"{len(types)} of {depth} layers"
+                raise InputError("layer_types", found, "full_attention or sliding_attention for each layer")
+        slides = [bool(width) and one for one in slides]
         pattern = shortest(["sliding" if one else full for one in slides]) or (full,)
         used = inverse[0](width) if width and "sliding" in pattern else None
         return {"attention.pattern": pattern, "attention.window": used}
 
     def write(config: ModelConfig) -> dict[str, object]:
         window = config.attention.window
-        out: dict[str, object] = {key: inverse[1](window) if window else None}
+        # Where the layers say for themselves that none slides, a width is asked for all the same.
+        out: dict[str, object] = {key: inverse[1](window) if window else size if default is not None else None}
         if default is not None:
             slides = [config.window(layer) is not None for layer in range(config.n_layers)]
             out["layer_types"] = ["sliding_attention" if one else "full_attention" for one in slides]

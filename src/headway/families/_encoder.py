@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from headway.errors import InputError
 from headway.families._codecs import ACTIVATIONS, Raw, sizes
-from headway.families._table import Head, Key, Node, Special, layers, qkv
+from headway.families._table import Head, Key, Node, Special, choice, layers, qkv, shared
 
 FIXED: dict[str, object] = {
     "kind": "encoder",
@@ -31,7 +32,7 @@ KEYS = sizes(
     "layer_norm_eps": Key("norm.eps", 1e-12),
     "hidden_dropout_prob": Key("dropout", 0.1),
     "attention_probs_dropout_prob": Key("attention.dropout", 0.1),
-    "type_vocab_size": Key("embeddings.token_types", 2),
+    "type_vocab_size": Key("embeddings.token_types", 2, least=1),
     "tie_word_embeddings": Key("embeddings.tied", True),
 }
 
@@ -72,12 +73,13 @@ def token_heads(name: str, prefix: str) -> dict[str, Head]:
 
 
 def masked_lm(dense: str, norm: str, output: str, bias: str, prefix: str, **fields: object) -> Head:
-    """A masked-lm head from the names of its four parts."""
+    """A masked-lm head from the names of its four parts. An untied output has a bias of its own; `bias` is idle."""
+    own = f"{output}.bias"
     names: dict[str, Node] = {
         "head.dense": dense,
         "head.transform_norm": norm,
         "head.output.weight": f"{output}.weight",
-        "head.output.bias": bias,
+        "head.output.bias": choice("embeddings.tied", {True: bias, False: own if own == bias else shared(own, bias)}),
     }
     return Head({"head.type": "masked-lm", **fields}, names, prefix)
 
@@ -97,7 +99,8 @@ def offset_positions() -> Special:
 
     def read(raw: Mapping[str, object]) -> dict[str, object]:
         pad, rows = raw.get("pad_token_id", 1), raw.get("max_position_embeddings", 512)
-        assert isinstance(pad, int) and isinstance(rows, int)
+        if type(pad) is not int or type(rows) is not int or not 0 <= pad < rows - 1:
+            raise InputError("pad_token_id", repr(pad)[:80], f"an id below {rows!r:.80}: positions begin behind it")
         return {"positions.offset": pad + 1, "max_len": rows - pad - 1}
 
     return Special(

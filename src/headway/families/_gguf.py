@@ -28,12 +28,14 @@ class Arch:
     """What one of llama.cpp's architectures does its own way.
 
     `interleaved`: queries and keys are permuted. `shifted`: norms hold one more. `fused`: one tensor for q, k and v.
-    `slides(layer)`: which layers have the window. `weights`, `fixed`, `keys`, `special` add to what all have.
+    `biases`: projections may have them. `slides(layer)`: which layers have the window. `weights`, `fixed`, `keys`,
+    `special` add to what all have.
     """
 
     interleaved: bool = False
     shifted: bool = False
     fused: bool = False
+    biases: bool = True
     slides: Callable[[int], bool] | None = None
     weights: Mapping[str, Node] | None = None
     fixed: Mapping[str, object] | None = None
@@ -235,9 +237,11 @@ ARCHS: dict[str, Arch] = {
     "llama": Arch(interleaved=True),
     "smollm3": Arch(interleaved=True, special=(_SKIPS,)),
     "qwen2": Arch(),
-    "qwen3": Arch(),
+    "qwen3": Arch(biases=False),
     "qwen3moe": Arch(
-        keys={"qwen3moe.expert_feed_forward_length": Key("d_ff")}, fixed={"feed_forward.experts.normalize": True}
+        biases=False,
+        keys={"qwen3moe.expert_feed_forward_length": Key("d_ff")},
+        fixed={"feed_forward.experts.normalize": True},
     ),
     "gemma2": Arch(shifted=True, slides=lambda i: i % 2 == 0, fixed=_GEMMA_FIXED, special=(_gemma("gemma2"),)),
     "gemma3": Arch(
@@ -246,14 +250,15 @@ ARCHS: dict[str, Arch] = {
         fixed=_GEMMA_FIXED | {"positions.window_theta": 10000.0},
         special=(_gemma("gemma3"),),
     ),
-    "phi3": Arch(fused=True, slides=lambda _: True, weights={"feed_forward.up": "ffn_up"}),
-    "olmo2": Arch(),
+    # llama.cpp reads Phi-3's window and lets every layer see everything, so only models without one are the same there.
+    "phi3": Arch(fused=True, weights={"feed_forward.up": "ffn_up"}),
+    "olmo2": Arch(biases=False),
     "starcoder2": Arch(),
     "gpt2": Arch(fused=True),
     "starcoder": Arch(fused=True),
     "gptneox": Arch(fused=True, special=(_PARALLEL,)),
     "bloom": Arch(fused=True),
-    "falcon": Arch(fused=True, weights=_FALCON),
+    "falcon": Arch(fused=True, biases=False, weights=_FALCON),
     "bert": Arch(special=(_POOL, _TYPES)),
 }
 
@@ -271,8 +276,9 @@ def dialect(family: Family) -> Family:
     arch = ARCHS[name]
     middle = "rms_" if family.fixed.get("norm.type") == "rmsnorm" else ""
     eps = {f"attention.layer_norm_{middle}epsilon": Key("norm.eps")}
-    keys = {f"{name}.{theirs}": key for theirs, key in (_KEYS | eps).items()} | HAS
+    keys = {f"{name}.{theirs}": key for theirs, key in (_KEYS | eps).items()}
     keys |= {"vocab_size": Key("vocab_size")} | dict(arch.keys or {})
+    keys |= {theirs: key for theirs, key in HAS.items() if arch.biases or not theirs.endswith(".bias")}
     if family.fixed.get("kind") != "decoder":
         del keys["has no output.weight"]
     said = {key.ours for key in keys.values()} | {also for key in keys.values() for also in key.also}

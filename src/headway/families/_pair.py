@@ -57,7 +57,7 @@ def alike() -> Special:
     def read(raw: Raw) -> dict[str, object]:
         for one, other in pairs.items():
             if raw.get(one) is not None and raw.get(other, raw[one]) != raw[one]:
-                raise InputError(f"config.json {one}", str(raw[one]), f"{raw[other]}, as {other}: the sides are alike")
+                raise InputError(one, repr(raw[one])[:80], f"{raw[other]!r:.80}, as {other}: the sides are alike")
         return {}
 
     def write(config: ModelConfig) -> dict[str, object]:

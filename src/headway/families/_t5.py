@@ -17,7 +17,8 @@ def feed_forward(raw: Raw) -> dict[str, object]:
 def feed_forward_keys(config: ModelConfig) -> dict[str, object]:
     """The inverse of `feed_forward`."""
     shape = config.feed_forward
-    act = "gelu" if shape.activation == "gelu-tanh" else shape.activation
+    act = next(name for name, ours in ACTIVATIONS.items() if ours == shape.activation)
+    act = {"gelu_new": "gelu"}.get(act, act) if shape.gated else act
     return {
         "feed_forward_proj": f"gated-{act}" if shape.gated else act,
         "scale_decoder_outputs": getattr(config.head, "scale", 1.0) != 1.0,

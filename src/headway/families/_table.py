@@ -26,13 +26,14 @@ class Key(NamedTuple):
     """One key of a config.json and our dotted field. `default` holds where the key is missing, None for no value.
 
     `names` translates values that are names; several of theirs may mean one of ours, the first is written.
-    `also` are further fields that get the same value.
+    `also` are further fields that get the same value. `least` is the smallest count that the architecture can have.
     """
 
     ours: str
     default: object = None
     names: Mapping[str, str] | None = None
     also: tuple[str, ...] = ()
+    least: int = 0
 
 
 class Special(NamedTuple):
@@ -236,10 +237,9 @@ def gather(node: Node, shape: Shape, config: ModelConfig, fetch: Fetch, *, is_bi
             gather(one, part, config, fetch, is_bias=is_bias)
             for one, part in zip(node.inner, node.shapes(shape, config), strict=True)
         ]
-        missing = next((part for part in parts if part.dtype != torch.bool), None)
-        return node.join([part.to(missing.dtype) if missing is not None else part for part in parts], config)
+        return node.join(parts, config)
     if is_bias and isinstance(node, NoBias):
-        return torch.zeros(shape, dtype=torch.bool)  # takes the dtype of what it stands beside
+        return torch.zeros(shape, dtype=torch.bool)  # takes the dtype of what it is joined to
     return fetch(node)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headway.config import CausalLM, MaskedLM, ModelConfig
+from headway.config import CausalLM, MaskedLM, ModelConfig, PooledEmbedding
 from headway.errors import ConfigError, InputError
 from headway.families._table import (
     Choice,
@@ -31,7 +31,8 @@ from headway.run_config import flatten, put
 
 Raw = Mapping[str, Any]
 _NUMBERED = re.compile(r"\b(blocks|experts)\.(\d+)")
-_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
+# What names code to be fetched and run: never followed, never written.
+CODE_KEYS = ("auto_map", "_attn_implementation", "_attn_implementation_internal", "custom_pipelines")
 
 
 class Described(NamedTuple):
@@ -45,16 +46,51 @@ class Described(NamedTuple):
 
 # --- configs -----------------------------------------------------------------------------------------------------
 
+MAX_LAYERS, MAX_SIZE = 10_000, 1 << 40
+_SIZES = frozenset(
+    ["d_model", "n_layers", "n_decoder_layers", "n_heads", "n_kv_heads", "d_head", "vocab_size", "max_len"]
+)
+_WHOLE, _REAL = (int,), (int, float)
+# What codecs calculate with before our own config checks it, besides the sizes.
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "id2label"), (dict,)),
+    **dict.fromkeys(("layer_types", "no_rope_layers"), (list,)),
+    **dict.fromkeys(("problem_type", "feed_forward_proj"), (str,)),
+    **dict.fromkeys(("mlp_ratio", "query_pre_attn_scalar"), _REAL),
+    **dict.fromkeys(("global_attn_every_n_layers", "sliding_window_pattern", "no_rope_layer_interval"), _WHOLE),
+    **dict.fromkeys(("sliding_window", "local_attention", "max_window_layers", "max_source_positions"), _WHOLE),
+}
+_NAMES = {dict: "an object", list: "an array", str: "a string", int: "a whole number", float: "a number"}
+
+
+def _usable(family: Family, raw: Raw, where: str) -> Raw:
+    """The config with this family's defaults, fit to be calculated with. Raises InputError."""
+    ours = {theirs: key.ours for theirs, key in family.keys.items()}
+    kinds = {**_KINDS, **{theirs: _WHOLE for theirs, field in ours.items() if field in _SIZES}}
+    for key, types in kinds.items():
+        if (value := raw.get(key)) is None:
+            continue
+        if type(value) not in types:
+            raise InputError(f"{where} {key}", repr(value)[:80], _NAMES[types[-1]])
+        most = MAX_LAYERS if ours.get(key) in ("n_layers", "n_decoder_layers") else MAX_SIZE
+        if type(value) in _REAL and not (0 < value <= most or (value == 0 and key == "max_window_layers")):
+            raise InputError(f"{where} {key}", repr(value)[:80], f"a number from 1 to {most}")
+    # Null means that a key is missing, but no window where it is the width of one.
+    idle = {key for key in kinds if raw.get(key) is None} - {"sliding_window", "local_attention"}
+    defaults = {theirs: key.default for theirs, key in family.keys.items() if key.default is not None}
+    return defaults | {key: value for key, value in raw.items() if key not in idle}
+
 
 def read_config(family: Family, raw: Raw, where: str) -> Described:
     """Our config of a published one. Raises InputError naming file, key, what was found and what is known."""
     architecture = _architecture(family, raw, where)
     for key, known in family.only.items():
-        if raw.get(key, known) != known:
+        if raw.get(key) is not None and raw[key] != known:
             raise InputError(f"{where} {key}", repr(raw[key])[:80], f"{known!r}: the only form of it known here")
     tree: dict[str, Any] = {}
     values: dict[str, object] = {**family.fixed}
-    for theirs, entry in family.keys.items():
+    # What the file says goes before the default of another key with the same meaning.
+    for theirs, entry in sorted(family.keys.items(), key=lambda item: item[0] in raw):
         value = raw.get(theirs, entry.default)
         if entry.names is not None and isinstance(value, str):
             if value not in entry.names:
@@ -62,8 +98,14 @@ def read_config(family: Family, raw: Raw, where: str) -> Described:
             value = entry.names[value]
         if value is not None:
             values |= dict.fromkeys((entry.ours, *entry.also), value)
-    for special in family.special:
-        values |= special.read(raw)
+    usable = _usable(family, raw, where)
+    try:
+        for special in family.special:
+            values |= special.read(usable)
+    except InputError as error:
+        raise InputError(f"{where} {error.where}", error.found, error.expected) from None
+    except KeyError as error:
+        raise InputError(f"{where} {error.args[0]}", "missing", "a value") from None
     head = dict(family.heads[architecture].fields)
     if head["head.type"] not in ("causal-lm", "masked-lm"):
         values.pop("embeddings.tied", None)  # there is no output to share the table with
@@ -76,7 +118,7 @@ def read_config(family: Family, raw: Raw, where: str) -> Described:
         back = {key.ours: theirs for theirs, key in family.keys.items()}
         place = " and ".join(back.get(part, part) for part in error.where.split(" and "))
         raise InputError(f"{where} {place}", error.found, error.expected) from None
-    ignored = [key for key in _CODE_KEYS if key in raw]
+    ignored = [key for key in CODE_KEYS if key in raw]
     notes = [f"{where}: {', '.join(ignored)} ignored: no code is taken from a file"] if ignored else []
     return Described(config, family, architecture, notes)
 
@@ -102,7 +144,7 @@ HEAD_FIELDS: dict[str, frozenset[str]] = {
 def _architecture(family: Family, raw: Raw, where: str) -> str:
     named = raw.get("architectures") or [next(iter(family.heads))]
     first = named[0] if isinstance(named, list) and named else named
-    if first not in family.heads:
+    if not isinstance(first, str) or first not in family.heads:
         raise InputError(f"{where} architectures", repr(first)[:80], f"one of {', '.join(family.heads)}")
     return str(first)
 
@@ -123,6 +165,8 @@ def write_config(
         if key.ours not in ours or (key.ours == "embeddings.tied" and not is_language):
             continue
         value = ours[key.ours]
+        if key.least and value < key.least:
+            raise ConfigError(key.ours, f"{family.model_type} cannot express {value}", f"at least {key.least}")
         if key.names is not None:
             spelt = (raw or {}).get(theirs)
             same = [name for name, meant in key.names.items() if meant == value]
@@ -134,6 +178,12 @@ def write_config(
         again = read_config(family, out, "config.json").config
     except (InputError, AssertionError, AttributeError, KeyError) as error:
         raise ConfigError("model", f"{family.model_type} cannot express it ({error})", "another family") from None
+    said = (raw or {}).get("id2label")
+    if isinstance(said, Mapping) and len(said) == getattr(config.head, "labels", None):  # their names, not numbers
+        out |= {key: raw[key] for key in ("id2label", "label2id") if raw and key in raw}
+    if config.kind == "encoder" and isinstance(config.head, PooledEmbedding):
+        # A bare encoder's config is silent on pooling: files beside it say that.
+        ignoring = (*ignoring, "head.pooling", "head.normalize", "head.transform")
     different = [one for one in differences(config, again) if not one.startswith(ignoring)]
     if different:
         raise ConfigError(
@@ -191,9 +241,15 @@ class Plan:
 
 
 def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = None) -> Plan:
-    """Where each tensor of a model with this config stands in a file; `prefix` in place of the head's."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict(keep_vars=True)
+    """Where each tensor of a model with this config stands in a file; `prefix` in place of the head's.
+
+    Raises ConfigError: the family has no place for a tensor, or one has more bytes than 64 bits can count.
+    """
+    try:
+        with torch.device("meta"):
+            state = Transformer(config).state_dict(keep_vars=True)
+    except (RuntimeError, TypeError) as error:  # torch's words for such a size
+        raise ConfigError("model", f"sizes beyond any memory ({error})"[:200], "those of the weights") from None
     owners: dict[int, list[str]] = {}
     for name, tensor in state.items():
         owners.setdefault(id(tensor), []).append(name)

@@ -26,7 +26,7 @@ FAMILY = Family(
         max_position_embeddings=4096,
     )
     | {"rms_norm_eps": Key("norm.eps", 1e-5), "resid_pdrop": Key("dropout", 0.0)},
-    special=(rope(10000.0), windows(), tokens(bos=1, eos=32000, pad=32000), labels()),
+    special=(rope(10000.0, fraction=1.0), windows(), tokens(bos=1, eos=32000, pad=32000), labels()),
     weights=body(FUSED, PRE_NORM),
     heads=heads("Phi3"),
     gguf="phi3",

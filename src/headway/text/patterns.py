@@ -46,15 +46,18 @@ SPLIT_PATTERNS: dict[str, str] = {
     "deepseek-coder-words": r"\s?\p{L}+",
     "deepseek-coder-punctuation": r"\s?\p{P}+",
     "deepseek-coder-cjk": "[一-龥ࠀ-一가-\ud7ff]+",
+    "digits-run": r"\p{N}+",
     "digits-3": r"\p{N}{1,3}",
     "digits": r"\p{N}",
     "falcon": "[0-9][0-9][0-9]",
+    "falcon-punctuation": r"[\p{P}\$\+<=>\^~\|`]+",
+    "default-punctuation": r"[\p{P}\$\+<=>\^~\|]+",  # what llama.cpp does where a file names no pattern
     "newline": r"[\r\n]",
     "clip": r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     "clip-specials": r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
 }
-REPLACE_PATTERNS = (r"\s+", r"\s", " {2,}", r"\n", r" +", r"\r\n", r"^ ", r" $")
+REPLACE_PATTERNS = (r"\s+", r"\s", " {2,}", r"\n", r" +", r"\r\n", r"^ ", r" $", r"\A | \z", r"\z")
 _KNOWN = frozenset(SPLIT_PATTERNS.values()) | frozenset(REPLACE_PATTERNS)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from headway.text.normalization import MARK, is_marked
 from headway.text.patterns import SPLIT_PATTERNS
 from headway.text.spec import Spec
 
@@ -33,6 +34,9 @@ _BEFORE_MARKS = [rf"{mark}(?<=[^\W_]{mark})" for mark in "，。、！？；："
 ANYWHERE = re.compile("|".join([_BEFORE_SPACE, _AFTER_NEWLINE, *_BEFORE_MARKS]))
 # Metaspace and add_prefix_space put a space before every piece that does not begin with one.
 SPACE = re.compile(_BEFORE_SPACE)
+# Where SentencePiece's normalization has been done, a mark stands for a space.
+_BEFORE_MARK = re.compile(f"{MARK}(?<=[^{MARK}]{MARK})")
+_LEADING_MARKS = re.compile(f"{MARK}*[^{MARK}]*")
 # A normalizer may compose across any cut, but never across one between ASCII characters.
 _ASCII_SPACE = re.compile(r" (?<=[A-Za-z0-9] )(?=[A-Za-z0-9])")
 
@@ -83,6 +87,10 @@ def _last_cut(text: str, cuts: re.Pattern[str] | None, start: int, end: int) -> 
 
 
 def _pattern(spec: Spec) -> re.Pattern[str] | None:
+    if is_marked(spec.tree):
+        # No piece reaches across a mark that follows something else, and the mark itself is known.
+        whole = MARK in spec.vocab and all(map(_LEADING_MARKS.fullmatch, spec.vocab))
+        return _BEFORE_MARK if whole else None
     steps, normalizers = spec.nodes("pre_tokenizer"), spec.nodes("normalizer")
     if not any(map(_splits, steps)) or not all(map(_local, steps)):
         return None

@@ -108,8 +108,10 @@ def read_spec(tree: object, where: str, config: object = None) -> Spec:
     vocab = _unigram_vocab(model, where) if name == "Unigram" else _vocab(model, where)
     _check_model(name, model, vocab, where)
     entries = _added_entries(tree, vocab, where)
-    roles = _config_roles(config, entries, vocab, f"{where} (tokenizer_config.json)") if config else {}
-    roles = roles or _roles(entries, where)
+    roles = _written_roles(entries, where)
+    if config and not roles:
+        roles = _config_roles(config, entries, vocab, f"{where} (tokenizer_config.json)")
+    roles = roles or _named_roles(entries)
     unknown = model.get("unk_token")  # null where the kind spells everything; the text may still hold a word "None"
     unk = model.get("unk_id", vocab.get(unknown) if isinstance(unknown, str) else None)
     if isinstance(unk, int):
@@ -255,8 +257,8 @@ def _config_roles(
     return roles
 
 
-def _roles(entries: list[dict[str, object]], where: str) -> dict[Role, int]:
-    """Roles written on the entries, else by name."""
+def _written_roles(entries: list[dict[str, object]], where: str) -> dict[Role, int]:
+    """The roles that the entries carry."""
     roles: dict[Role, int] = {}
     for entry in entries:
         names = field(entry, "roles", (list, type(None)), f"{where} added_tokens") or []
@@ -265,13 +267,14 @@ def _roles(entries: list[dict[str, object]], where: str) -> dict[Role, int]:
                 found = f"{str(name)[:40]!r}"
                 raise InputError(f"{where} added_tokens.roles", found, f"one of {', '.join(ROLE_NAMES)}")
             roles[name] = cast("int", entry["id"])
-    if not roles:
-        ids = {str(entry["content"]): cast("int", entry["id"]) for entry in entries if entry["special"]}
-        for role, candidates in ROLE_NAMES.items():
-            found_here = [ids[name] for name in candidates if name in ids]
-            if found_here:
-                roles[role] = found_here[0]
     return roles
+
+
+def _named_roles(entries: list[dict[str, object]]) -> dict[Role, int]:
+    """The roles that usual names tell."""
+    ids = {str(entry["content"]): cast("int", entry["id"]) for entry in entries if entry["special"]}
+    found = {role: [ids[name] for name in names if name in ids] for role, names in ROLE_NAMES.items()}
+    return {role: numbers[0] for role, numbers in found.items() if numbers}
 
 
 def _write_roles(entries: list[dict[str, object]], roles: dict[Role, int]) -> None:
@@ -286,6 +289,12 @@ def added_entry(token_id: int, content: str) -> dict[str, object]:
     """A special token's entry for `added_tokens`."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token_id, "content": content, **flags, "special": True}
+
+
+def empty_tree(model: dict[str, object]) -> dict[str, object]:
+    """A tree with every key that the format has."""
+    parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return {"version": "1.0", "added_tokens": [], **dict.fromkeys(parts), "model": model}
 
 
 def _kind(name: str, spec: Spec) -> Kind:

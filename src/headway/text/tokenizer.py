@@ -1,14 +1,16 @@
 """Text to token ids and back: one class over the `tokenizers` library and its one file, tokenizer.json.
 
 User text is encoded with special tokens off: `<|endoftext|>` typed by a user becomes ordinary pieces, and only
-`control=True` or a control segment can produce a control id. Byte and character tokenizers are expressed in the
-same file but encoded by a table lookup in numpy. Long texts are cut as `headway.text.pieces` explains.
-Left out: the template that some files add around a text ([CLS] ... [SEP]); callers place control ids.
+`control=True`, a control segment or the file's own template ([CLS] ... [SEP], in `encode_input`) can produce a control
+id. Byte and character tokenizers are expressed in the same file but encoded by a table lookup in numpy; where a file
+came from SentencePiece its text is normalized by `headway.text.normalization`. Long texts are cut as
+`headway.text.pieces` explains.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +26,12 @@ from headway import files
 from headway.errors import HeadwayError, InputError
 from headway.strict import check_unicode, dump_json, strict_json
 from headway.text.decoding import TokenBytes
+from headway.text.formats import FILE, beside_files, chat_template, find_tokenizer
+from headway.text.normalization import literals, normalization
 from headway.text.pieces import PIECE, WHOLE, pieces, safe_cuts
-from headway.text.spec import Kind, Spec, read_spec
+from headway.text.sentencepiece import byte_piece
+from headway.text.spec import Kind, Spec, empty_tree, read_spec
 
-FILE = "tokenizer.json"
-MAX_FILE = 256 << 20
 _BATCH = 1 << 21  # characters given to the library at once: bounds the memory of its results
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -41,6 +44,8 @@ class Tokenizer:
         vocab_size: one more than the highest id: the embedding rows a model needs.
         bos_id, eos_id, pad_id, unk_id, mask_id: the tokens in these roles, or None.
         special_ids: ids of all control tokens.
+        prefix_ids, suffix_ids: what the file's template puts around one text, such as [CLS] and [SEP].
+        chat_template: the Jinja template that came with the tokenizer, or None; no part of `hash`.
 
     Raises:
         InputError: on a tree that is not a usable tokenizer, naming `where` and the key.
@@ -58,11 +63,19 @@ class Tokenizer:
         self.unk_id, self.mask_id = roles.get("unk"), roles.get("mask")
         self._special = {token.content: token.id for token in spec.added if token.special}
         self.special_ids = frozenset(self._special.values())
+        self.chat_template = chat_template(config, where)
+        self._normalization = normalization(spec.tree, where)
         plain = _unreachable(spec, self.unk_id)
         with library_errors(where):
-            self._plain = tokenizers.Tokenizer.from_str(self._json if plain is spec.tree else dump_json(plain))
+            self._plain = self._library(self._json if plain is spec.tree else dump_json(plain))
             self._plain.encode_special_tokens = True
             decoder = self._plain.decoder
+            self.prefix_ids, self.suffix_ids = _template(spec, where)
+        if max((*self.prefix_ids, *self.suffix_ids), default=0) >= self.vocab_size:
+            found = f"ids {self.prefix_ids} and {self.suffix_ids} with {self.vocab_size} tokens"
+            raise InputError(f"{where} post_processor", found, "ids of tokens")
+        fallback = self.kind == "unigram" and spec.model.get("byte_fallback") is True
+        self._unknown_bytes = [spec.vocab.get(byte_piece(byte)) for byte in range(256)] if fallback else []
         self._bytes = TokenBytes(spec, decoder)
         self._cuts = safe_cuts(spec)
         self._table = _character_table(spec) if self.kind == "char" else None
@@ -78,27 +91,36 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or a folder that holds one; tokenizer_config.json beside it gives roles.
+        """Read a tokenizer from its file or folder, in any form that `headway.text.formats` knows.
 
         Raises:
             InputError: missing, cut, of wrong types or running unknown patterns; names file and key.
         """
-        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        if file.suffix == ".model":
-            files.open_regular(file).close()
-            fix = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json"
-            raise InputError(str(file), "a SentencePiece model", "a tokenizer.json", fix)
-        tree = strict_json(files.read_bytes(file, MAX_FILE), str(file))
-        beside = file.with_name("tokenizer_config.json")
-        known = beside.is_file() and not _has_roles(tree)
-        return cls(tree, str(file), strict_json(files.read_bytes(beside, MAX_FILE), str(beside)) if known else None)
+        return cls(*find_tokenizer(Path(path)))
 
     def save(self, path: str | Path) -> Path:
-        """Write tokenizer.json atomically; a path without the suffix .json is a folder. Raises MachineError."""
-        file = Path(path) if Path(path).suffix == ".json" else Path(path) / FILE
+        """Write tokenizer.json atomically; a path without the suffix .json is a folder. Raises MachineError.
+
+        Into a folder go also tokenizer_config.json and chat_template.jinja, which hold for transformers what
+        tokenizer.json has no place for.
+        """
+        if Path(path).suffix == ".json":
+            file, beside = Path(path), {}
+        else:
+            file, beside = Path(path) / FILE, beside_files(self._roles(), self.chat_template)
         files.make_dir(file.parent)
         files.atomic_write(file, self.to_json().encode())
+        for name, text in beside.items():
+            if text is None:
+                files.remove(file.with_name(name))
+            else:
+                files.atomic_write(file.with_name(name), text.encode())
         return file
+
+    def files(self) -> dict[str, str]:
+        """The files of a folder with this tokenizer, by name: tokenizer.json and what transformers reads beside it."""
+        beside = beside_files(self._roles(), self.chat_template)
+        return {FILE: self.to_json()} | {name: text for name, text in beside.items() if text is not None}
 
     def to_json(self) -> str:
         """The tokenizer.json text: equal before and after save and load."""
@@ -126,9 +148,16 @@ class Tokenizer:
         """
         if control:
             check_unicode(text, "text")
+            if self._normalization:
+                parts = self._names.split(text) if self._names else [text]
+                text = "".join(part if odd % 2 else self._normalization(part) for odd, part in enumerate(parts))
             with library_errors(self._where):
                 return list(self._control.encode(text, add_special_tokens=False).ids)
         return self.encode_batch([text])[0]
+
+    def encode_input(self, text: str) -> list[int]:
+        """Token ids of one user text inside the file's template: `prefix_ids`, the text's, `suffix_ids`."""
+        return [*self.prefix_ids, *self.encode(text), *self.suffix_ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many user texts, on all cores (TOKENIZERS_PARALLELISM=false for one). Raises InputError."""
@@ -197,14 +226,34 @@ class Tokenizer:
     @cached_property
     def _control(self) -> tokenizers.Tokenizer:
         # Built when first asked for: most work encodes user text only, and a vocabulary is megabytes.
-        return tokenizers.Tokenizer.from_str(self._json)
+        return self._library(self._json)
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        return literals(self._special)
+
+    def _library(self, text: str) -> tokenizers.Tokenizer:
+        made = tokenizers.Tokenizer.from_str(text)
+        if self._normalization:
+            made.normalizer = None
+        return made
+
+    def _roles(self) -> dict[str, str]:
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id, "mask": self.mask_id}
+        return {role: str(self.token(number)) for role, number in ids.items() if number is not None}
 
     def _pieces(self, text: str) -> Iterator[str]:
+        if self._normalization:
+            check_unicode(text, "text")
+            text = self._normalization(text)
         return pieces(text, self._cuts, PIECE if self._cuts else WHOLE)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         try:
             with library_errors(self._where):
+                if self._unknown_bytes:  # only the slower call says what was unknown
+                    found = self._plain.encode_batch(texts, add_special_tokens=False)
+                    return [self._with_bytes(encoding) for encoding in found]
                 encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
         except InputError:
             # PyO3 says only that a lone surrogate "must be str": look for it after the fact, not in every text.
@@ -212,6 +261,15 @@ class Tokenizer:
                 check_unicode(text, "text")
             raise
         return [encoding.ids for encoding in encoded]
+
+    def _with_bytes(self, encoding: tokenizers.Encoding) -> list[int]:
+        """The ids with each unknown stretch as its bytes."""
+        ids: list[int] = []
+        for number, piece in zip(encoding.ids, encoding.tokens, strict=True):
+            parts = [self._unknown_bytes[byte] for byte in piece.encode()] if number == self.unk_id else []
+            known = [part for part in parts if part is not None]
+            ids += known if known and len(known) == len(parts) else [number]
+        return ids
 
     def _direct(self, text: str) -> Ids:
         """Byte and character tokenizers: one id per byte or character by table, without the library."""
@@ -254,14 +312,14 @@ def _unreachable(spec: Spec, unk_id: int | None) -> dict[str, object]:
 
     Switching special tokens off leaves them in the model's own vocabulary, where Unigram, WordPiece and WordLevel
     find them as ordinary entries. There they are renamed to what nobody can type. Returns `spec.tree` itself where
-    no control token can be reached.
+    no control token can be reached. Unigram would find the name of a byte too; its byte fallback is done here.
     """
-    names = {
-        token.content: f"\ufdd0{secrets.token_hex(16)}"
-        for token in spec.added
-        if token.special and token.id != unk_id and token.content in spec.vocab
-    }
-    model = dict(spec.model)
+    model, unigram = dict(spec.model), spec.kind == "unigram"
+    hidden = [token.content for token in spec.added if token.special and (unigram or token.id != unk_id)]
+    if unigram and model.get("byte_fallback"):
+        model["byte_fallback"] = False
+        hidden += map(byte_piece, range(256))
+    names = {content: f"\ufdd0{secrets.token_hex(16)}" for content in hidden if content in spec.vocab}
     if isinstance(model.get("merges"), list):
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in cast("list[str]", model["merges"])]
         kept = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
@@ -281,9 +339,15 @@ def _unreachable(spec: Spec, unk_id: int | None) -> dict[str, object]:
     return {**spec.tree, "model": model, "added_tokens": added, "post_processor": None}
 
 
-def _has_roles(tree: object) -> bool:
-    entries = tree.get("added_tokens") if isinstance(tree, dict) else None
-    return isinstance(entries, list) and any(isinstance(entry, dict) and "roles" in entry for entry in entries)
+def _template(spec: Spec, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor puts before and behind a text, found by running it on a text of one token."""
+    tree = empty_tree({"type": "BPE", "vocab": {"a": 0}, "merges": []})
+    tree["post_processor"] = spec.tree.get("post_processor")
+    made = tokenizers.Tokenizer.from_str(dump_json(tree)).encode("a")
+    if made.special_tokens_mask.count(0) != 1:
+        raise InputError(f"{where} post_processor", "a template without the text, or with it twice", "the text once")
+    place = made.special_tokens_mask.index(0)
+    return tuple(made.ids[:place]), tuple(made.ids[place + 1 :])
 
 
 @contextmanager
