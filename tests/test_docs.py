@@ -112,7 +112,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "generate":
         GenerationOptions(**seen[0].chosen)
     if words[0] == "inspect" and not seen[0].paths and not seen[0].schema:
-        module.find_config(seen[0])
+        module.find(seen[0])
 
 
 def build(block: Block) -> None:

@@ -2,8 +2,9 @@
 
 Usage: python tools/check_budget.py [SRC]      prints one line per breach, exits 1 when there is one
 
-The library: at most 12,000 lines of Python code (docstrings, comments and blank lines are free: the house asks for
-them) and 1,500 native lines. A file: 600 lines of any sort (families/: 60). A function: 60 lines and 10 parameters. No
+The library: at most 20,000 lines of Python code (docstrings, comments and blank lines are free: the house asks for
+them; the files of families/ are data and have a budget of their own, 60 lines each) and 1,500 native lines; docs/log.md
+says why 12,000 became 20,000. A file: 600 lines of any sort. A function: 60 lines and 10 parameters, self aside. No
 function body of five lines or more stands twice. No deferred work, no swallowed errors, no pickle, no torch.load.
 """
 
@@ -17,7 +18,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-LIBRARY, NATIVE, FILE, FAMILY, FUNCTION, PARAMETERS, REPEATED = 12_000, 1_500, 600, 60, 60, 10, 5
+LIBRARY, NATIVE, FILE, FAMILY, FUNCTION, PARAMETERS, REPEATED = 20_000, 1_500, 600, 60, 60, 10, 5
 NATIVE_SUFFIXES = {".cpp", ".cc", ".h", ".hpp", ".cu"}
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -30,6 +31,11 @@ FORBIDDEN = {
 # The one call that reads a pickle, in a child that has given up memory, network and writing (rows K9, K10).
 _CALL = 'found = torch.load(str(path) if mapped else file, map_location="cpu", mmap=mapped, weights_only=True)'
 ALLOWED = {("unpickle.py", _CALL)}
+
+
+def is_family(path: Path) -> bool:
+    """A published architecture as data."""
+    return path.parent.name == "families" and not path.name.startswith("_")
 
 
 def swallows(node: ast.AST) -> bool:
@@ -53,7 +59,7 @@ def body_text(node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, int]:
 def check_file(path: Path, text: str, bodies: dict[str, list[str]]) -> Iterator[str]:
     """The breaches of one file; `bodies` collects what functions do, over all files."""
     lines = text.splitlines()
-    limit = FAMILY if path.parent.name == "families" and not path.name.startswith("_") else FILE
+    limit = FAMILY if is_family(path) else FILE
     if len(lines) > limit:
         yield f"{path}: {len(lines)} lines, at most {limit}"
     for number, line in enumerate(lines, 1):
@@ -66,7 +72,8 @@ def check_file(path: Path, text: str, bodies: dict[str, list[str]]) -> Iterator[
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         length = (node.end_lineno or 0) - node.lineno + 1
-        count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        names = [one.arg for one in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        count = len(names) - (names[:1] in (["self"], ["cls"]))
         if length > FUNCTION:
             yield f"{path}:{node.lineno}: {node.name} has {length} lines, at most {FUNCTION}"
         if count > PARAMETERS:
@@ -98,7 +105,7 @@ def main(root: Path) -> int:
     python, comments = 0, 0
     for path in sorted(root.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        python += code_lines(text)
+        python += 0 if is_family(path) else code_lines(text)
         comments += sum(line.lstrip().startswith("#") for line in text.splitlines())
         breaches += check_file(path, text, bodies)
     breaches += ["same body: " + " = ".join(places) for places in bodies.values() if len(places) > 1]

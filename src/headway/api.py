@@ -45,7 +45,7 @@ def load(path: str | Path, **options: Any) -> Loaded:
     Args:
         path: a run folder, a Hugging Face folder, a GGUF file, the name of a packaged model (`headway fetch` lists
             them), or `hf:owner/name` from the hub.
-        options: dtype, device, force_tokenizer, allow_nonfinite; see loading.load.
+        options: dtype, device, force_tokenizer, allow_nonfinite, tower; see loading.load.
 
     Raises InputError, MachineError.
     """

@@ -21,6 +21,7 @@ from headway.checkpoints.folder import MANIFEST, WEIGHTS, Manifest, list_checkpo
 from headway.checkpoints.gguf import MAGIC
 from headway.checkpoints.gguf_model import GgufModel
 from headway.checkpoints.tensors import read_tensors, tensor_hash
+from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError
 from headway.families._translate import plan
@@ -86,6 +87,7 @@ def load(
     device: str | torch.device = "cpu",
     force_tokenizer: bool = False,
     allow_nonfinite: bool = False,
+    tower: str | None = None,
 ) -> Loaded:
     """Load a model: a run folder or one of its checkpoints, a Hugging Face folder, or a GGUF file.
 
@@ -95,6 +97,7 @@ def load(
         device: where the model goes.
         force_tokenizer: for a run, accept a tokenizer.json other than the one in training.
         allow_nonfinite: accept NaN and infinity among published weights.
+        tower: `text` or `vision`, for a folder that holds two models (CLIP, SigLIP).
 
     Raises:
         InputError: nothing usable there; config, weights and tokenizer do not belong together.
@@ -106,7 +109,7 @@ def load(
         if dtype is not None:
             loaded.model.to(dtype)
     elif form == "hf":
-        loaded = _load_folder(place, dtype, allow_nonfinite=allow_nonfinite)
+        loaded = _load_folder(place, dtype, tower, allow_nonfinite=allow_nonfinite)
     else:
         loaded = _load_gguf(place, dtype)
     loaded.model.to(device)
@@ -250,7 +253,13 @@ _TOKENIZERS = (
 )
 
 
-def _load_folder(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
+def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, allow_nonfinite: bool) -> Loaded:
+    raw = hub_folder.read_json(place / hub_folder.CONFIG)
+    if raw.get("model_type") in TOWERS:
+        raw, tensors = open_tower(place, raw, tower)
+        where = f"{place / hub_folder.CONFIG} ({tower}_config)"
+        found = hub_folder.translate(raw, tensors, where, dtype=dtype, allow_nonfinite=allow_nonfinite)
+        return _published(found, place, [])
     found = hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite)
     return _published(_pooled_as_said(found, place), place, [])
 

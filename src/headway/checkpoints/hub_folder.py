@@ -83,6 +83,12 @@ class Tensors:
         out._held = {names.get(name, name): held for name, held in self._held.items()}
         return out
 
+    def only(self, names: Mapping[str, str]) -> Tensors:
+        """These tensors and no others, under other names: {old: new}."""
+        out = Tensors(self.where, {})
+        out._held = {new: self._held[old] for old, new in names.items()}
+        return out
+
     def place(self, name: str) -> str:
         """The file that holds a tensor."""
         _, held = self._held[name]
@@ -222,7 +228,8 @@ def translate(
         raise InputError(tensors.place(one), f"tensor {one} differs from {wanted.spare[one]}", "one table for both")
     tensors.release(one for one in wanted.spare if one in tensors)
     weights: dict[str, Tensor] = {}
-    for rule in wanted.rules:
+    # Joined ones first: while their pages are there twice, those of the others need not be there yet.
+    for rule in sorted(wanted.rules, key=lambda rule: len(rule.leaves()) == 1):
         names = [name for name, _ in rule.leaves()]
         for name in names:
             if tensors.dtype(name) not in _FLOATS:

@@ -19,6 +19,7 @@ class Options(Common):
     dtype: Annotated[
         str | None, option(help="float32, float16, bfloat16; for gguf also q8_0, q4_0, q4_1 [as stored].")
     ] = None
+    tower: Annotated[str | None, option(help="text or vision, of a folder that holds both (CLIP, SigLIP).")] = None
     family: Annotated[str | None, option(help="The model_type to write it as [its own].")] = None
     overwrite: Annotated[bool, option("--overwrite", help="Replace what stands at DST.")] = False
     allow_nonfinite: Annotated[bool, option("--allow-nonfinite", help="Accept NaN and infinity.")] = False
@@ -43,7 +44,7 @@ def run(options: Options) -> None:
     if options.unsafe_pickle or loading.is_container(source):
         loaded = loading.load_container(source, unsafe_pickle=options.unsafe_pickle)
     else:
-        loaded = loading.load(source, allow_nonfinite=options.allow_nonfinite)
+        loaded = loading.load(source, allow_nonfinite=options.allow_nonfinite, tower=options.tower)
     for line in loaded.notes:
         note(f"note: {line}")
     saving.save(loaded, target, form, dtype=options.dtype, family=options.family, overwrite=options.overwrite)

@@ -19,6 +19,7 @@ class Options(Common):
     text: Annotated[list[str] | None, option("--text", "-t", help="A text; repeat for several.")] = None
     input: Annotated[str | None, option(help="A file with one text per line. Without it and --text: stdin.")] = None
     output: Annotated[str | None, option(help="A .npy file, float32 (texts, size). Without it: JSON lines.")] = None
+    tower: Annotated[str | None, option(help="text or vision, of a folder that holds both (CLIP, SigLIP).")] = None
     dtype: Annotated[str, option(help="float32, float16, bfloat16 or stored.")] = "float32"
     threads: Annotated[int | None, option(min=1, help="Threads of the CPU [torch's choice].")] = None
     device: Annotated[str, option(help="cpu or cuda.")] = "cpu"
@@ -57,7 +58,7 @@ def run(options: Options) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=loading.dtype_of(options.dtype), device=options.device)
+    loaded = api.load(path, dtype=loading.dtype_of(options.dtype), device=options.device, tower=options.tower)
     for line in loaded.notes:
         note(f"note: {line}")
     began = time.perf_counter()

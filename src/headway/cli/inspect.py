@@ -28,6 +28,7 @@ class Options(Common):
 
     batch: Annotated[int, option("--batch", "-B", min=1, help="B, sequences, for the shapes.")] = 1
     length: Annotated[int | None, option("--length", "-T", min=1, help="T, tokens, for the shapes [max_len].")] = None
+    tower: Annotated[str | None, option(help="text or vision, of a folder that holds both (CLIP, SigLIP).")] = None
     tensors: Annotated[bool, option("--tensors", help="List every tensor; else equal layers are one line.")] = False
     schema: Annotated[bool, option("--schema", help="Print the JSON Schema of a model config and stop.")] = False
 
@@ -104,7 +105,7 @@ def find(options: Options) -> Subject:
         else:
             from headway import api
 
-            loaded = api.load(str(path))
+            loaded = api.load(str(path), tower=options.tower)
             fields = loaded.config.model_dump(mode="json")
             notes = [f"step {loaded.step} of {path}"] if loaded.step is not None else []
             notes += loaded.notes
