@@ -99,8 +99,8 @@ def test_dequantize_refuses_what_does_not_fit() -> None:
 
 
 def test_temporaries_stay_small() -> None:
-    """16 million weights into given memory, with 32 MB to spare; in one piece that is not enough."""
-    raw, out = torch.zeros(1 << 16, 210, dtype=torch.uint8), torch.empty(1 << 16, 256)
+    """67 million weights into given memory, with 32 MB to spare; in one piece that is not enough."""
+    raw, out = torch.zeros(1 << 18, 210, dtype=torch.uint8), torch.empty(1 << 18, 256)
 
     def run(chunk: int) -> None:
         ggml.CHUNK = chunk

@@ -46,10 +46,8 @@ def theirs() -> LlamaForCausalLM:
     names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj"}
     names |= {"attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
     names |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
-    state = {
-        "model.norm.weight": tensors["output_norm.weight"],
-        "model.embed_tokens.weight": tensors["token_embd.weight"],
-    }
+    table = tensors["token_embd.weight"]
+    state = {"model.norm.weight": tensors["output_norm.weight"], "model.embed_tokens.weight": table}
     for i in range(30):
         for one, other in names.items():
             value = tensors[f"blk.{i}.{one}.weight"]
