@@ -6,6 +6,7 @@ Hugging Face folder, the magic GGUF a GGUF file. Saving in another form is `savi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +24,8 @@ from headway.checkpoints.gguf_model import GgufModel
 from headway.checkpoints.tensors import read_tensors, tensor_hash
 from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
-from headway.errors import ConfigError, InputError
+from headway.errors import ConfigError, InputError, MachineError
+from headway.families import families
 from headway.families._translate import plan
 from headway.launch import CONFIG, MODEL, TOKENIZER
 from headway.nn import Transformer
@@ -101,17 +103,20 @@ def load(
 
     Raises:
         InputError: nothing usable there; config, weights and tokenizer do not belong together.
+        ConfigError, MachineError: no such device, or none on this machine.
     """
     place = Path(path)
+    _check_device(device)
     form = form_of(place)
     if form == "run":
         loaded = _load_run(place, force_tokenizer=force_tokenizer)
         if dtype is not None:
             loaded.model.to(dtype)
+            loaded = replace(loaded, known_hash="")
     elif form == "hf":
         loaded = _load_folder(place, dtype, tower, allow_nonfinite=allow_nonfinite)
     else:
-        loaded = _load_gguf(place, dtype)
+        loaded = _load_gguf(place, dtype, allow_nonfinite=allow_nonfinite)
     loaded.model.to(device)
     return loaded
 
@@ -126,17 +131,36 @@ def dtype_of(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ConfigError("device", repr(device)[:80], "cpu or cuda") from None
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise MachineError("device", f"{device}, which this torch cannot use here", "cpu", "--device cpu") from None
+
+
+_CONVERT = "headway convert PATH DST reads other containers"
+
+
 def form_of(place: Path) -> str:
     """`run`, `hf` or `gguf`. Raises InputError: nothing there (with the nearest name), or nothing that is a model."""
-    if place.is_dir():
+    if os.path.isdir(place):  # not Path.is_dir, which raises on a name that is too long
+        if is_container(place):
+            raise InputError(
+                str(place), "model.bin, as CTranslate2 writes it", "the folder of a run or of a model", _CONVERT
+            )
         if (place / hub_folder.CONFIG).exists() and not (place / CONFIG).exists() and not (place / MANIFEST).exists():
             return "hf"
         return "run"
     with files.open_regular(place) as file:
         if file.read(4) == MAGIC:
             return "gguf"
-    fix = "headway convert PATH DST reads other containers"
-    raise InputError(str(place), "a file that is no GGUF", "a GGUF file, or the folder of a run or of a model", fix)
+    raise InputError(
+        str(place), "a file that is no GGUF", "a GGUF file, or the folder of a run or of a model", _CONVERT
+    )
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -148,7 +172,7 @@ def find_checkpoint(path: str | Path) -> FoundRun:
     Raises InputError: nothing there (with the nearest name), no run folder, no checkpoint that verifies.
     """
     place = Path(path)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         files.open_regular(place).close()
         raise InputError(str(place), "a file", "the folder of a run", "headway train data.path=FILE --output RUN")
     if (place / MANIFEST).is_file():
@@ -185,8 +209,7 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
     # On the meta device first: a config that asks for more than the file holds must not take memory.
     with torch.device("meta"):
         check_weights(Transformer(config), weights, folder / WEIGHTS, run / MODEL)
-    meta = manifest.meta
-    family, architecture = (str(meta.get(name) or "") for name in ("family", "architecture"))
+    family, architecture, raw = _origin(manifest)
     return Loaded(
         Transformer.of(config, weights),
         tokenizer,
@@ -196,8 +219,18 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
         architecture=architecture,
         step=manifest.step,
         notes=notes,
+        raw=raw,
         known_hash=manifest.weights,
     )
+
+
+def _origin(manifest: Manifest) -> tuple[str, str, dict[str, Any]]:
+    """Family, architecture and config.json of the published model that a run folder was converted from, if it was."""
+    family, architecture, raw = (manifest.meta.get(name) for name in ("family", "architecture", "raw"))
+    known = families().get(family) if isinstance(family, str) else None
+    if known is None or not isinstance(architecture, str) or architecture not in known.heads:
+        return "", "", {}
+    return known.model_type, architecture, raw if isinstance(raw, dict) else {}
 
 
 def check_tokenizer(run: Path, config: ModelConfig, tokenizer: Tokenizer, manifest: Manifest, *, force: bool) -> None:
@@ -264,11 +297,19 @@ def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, a
     return _published(_pooled_as_said(found, place), place, [])
 
 
+_POOLING = Path("1_Pooling", "config.json")
+
+
 def _pooled_as_said(found: hub_folder.Checkpoint, place: Path) -> hub_folder.Checkpoint:
     """A bare encoder with the pooling that files beside it name (sentence-transformers); its own is then unread."""
-    head = pooling_beside(place)
-    if head is None or found.config.kind != "encoder" or not isinstance(found.config.head, PooledEmbedding):
+    head, own = pooling_beside(place), found.config.head
+    if head is None:
         return found
+    if found.config.kind != "encoder" or not isinstance(own, PooledEmbedding):
+        line = (
+            f"{place / _POOLING}: pooling {head.pooling} is not applied to a {found.config.kind} with head {own.type}"
+        )
+        return replace(found, notes=[*found.notes, line])
     config = with_fields(found.config, head=head)
     with torch.device("meta"):
         names = Transformer(config).state_dict().keys()
@@ -282,7 +323,7 @@ def _pooled_as_said(found: hub_folder.Checkpoint, place: Path) -> hub_folder.Che
 
 def pooling_beside(place: Path) -> PooledEmbedding | None:
     """What `1_Pooling/config.json` and modules.json say, None without them. Raises InputError for another pooling."""
-    path = place / "1_Pooling" / "config.json"
+    path = place / _POOLING
     if not path.is_file():
         return None
     said = hub_folder.read_json(path)
@@ -297,16 +338,32 @@ def pooling_beside(place: Path) -> PooledEmbedding | None:
     return PooledEmbedding(pooling=modes[on[0]], normalize=normalizes)  # type: ignore[arg-type]  # one of Pooling
 
 
+def ends_beside(config: ModelConfig, place: Path) -> ModelConfig:
+    """The config with the end tokens that generation_config.json adds (Llama 3 names `<|eot_id|>` there alone)."""
+    path = place / "generation_config.json"
+    if config.kind not in ("decoder", "encoder-decoder") or not path.is_file():
+        return config
+    said = hub_folder.read_json(path).get("eos_token_id")
+    ids = [said] if isinstance(said, int) else said if isinstance(said, list) else []
+    known = (config.tokens.eos, *config.tokens.ends)
+    more = [one for one in ids if type(one) is int and 0 <= one < config.vocab_size and one not in known]
+    if not more:
+        return config
+    first, *rest = more if config.tokens.eos is None else (config.tokens.eos, *config.tokens.ends, *more)
+    return with_fields(config, tokens=config.tokens.model_copy(update={"eos": first, "ends": tuple(rest)}))
+
+
 def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> Loaded:
     """A checkpoint with the tokenizer that lies in the folder `place`."""
+    config = ends_beside(found.config, place)
     tokenizer = None
-    if found.config.vocab_size and any((place / name).exists() for name in _TOKENIZERS):
+    if config.vocab_size and any((place / name).exists() for name in _TOKENIZERS):
         tokenizer = Tokenizer.load(place)
-        check_rows(tokenizer, found.config, str(place), str(place / hub_folder.CONFIG), "the tokenizer of this model")
+        check_rows(tokenizer, config, str(place), str(place / hub_folder.CONFIG), "the tokenizer of this model")
     return Loaded(
-        Transformer.of(found.config, found.weights),
+        Transformer.of(config, found.weights),
         tokenizer,
-        found.config,
+        config,
         place,
         form="hf",
         family=found.family.model_type,
@@ -317,8 +374,13 @@ def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> L
     )
 
 
-def _load_gguf(place: Path, dtype: torch.dtype | None) -> Loaded:
+def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
     found = GgufModel(place, dtype)
+    for name, weight in found.weights.items():
+        # Those in blocks are not looked into: that would mean to unpack them.
+        if not allow_nonfinite and isinstance(weight, Tensor) and (bad := int((~weight.isfinite()).sum())):
+            said = f"tensor {name} holds {bad} values that are NaN or infinite"
+            raise InputError(str(place), said, "finite weights", "--allow-nonfinite to load them as they are")
     tokenizer = None
     if "tokenizer.ggml.tokens" in found.metadata:
         tokenizer = from_gguf(found.metadata, str(place), found.config.vocab_size)
@@ -337,8 +399,8 @@ def _load_gguf(place: Path, dtype: torch.dtype | None) -> Loaded:
 # --- other containers, for `convert` -----------------------------------------------------------------------------
 
 
-def load_container(path: str | Path, *, unsafe_pickle: bool = False) -> Loaded:
-    """A model from an ONNX file or a CTranslate2 folder, or with `unsafe_pickle` from a folder with pytorch_model.bin.
+def load_container(path: str | Path, *, unsafe_pickle: bool = False, allow_nonfinite: bool = False) -> Loaded:
+    """A model from an ONNX file or a CTranslate2 folder, or with `unsafe_pickle` from pytorch_model.bin or its folder.
 
     A pickle is read by a confined child process. Raises InputError: no such container, or no model known in it.
     """
@@ -348,19 +410,20 @@ def load_container(path: str | Path, *, unsafe_pickle: bool = False) -> Loaded:
     place = Path(path)
     notes: list[str] = []
     if unsafe_pickle:
-        raw = hub_folder.read_json(place / hub_folder.CONFIG)
-        tensors, beside = read_pickle(place / hub_folder.PICKLES[0]), place
+        file = place / hub_folder.PICKLES[0] if os.path.isdir(place) else place
+        raw = hub_folder.read_json(file.parent / hub_folder.CONFIG)
+        tensors, beside = read_pickle(file), file.parent
     else:
         raw, tensors, found = read_foreign(place, say=notes.append)
         beside = next(iter(found.values())).parent if found else place
     where = hub_folder.Tensors(str(place), tensors)
-    checkpoint = hub_folder.translate(raw, where, f"{place} (config)")
+    checkpoint = hub_folder.translate(raw, where, f"{place} (config)", allow_nonfinite=allow_nonfinite)
     return _published(checkpoint, beside, notes)
 
 
 def is_container(place: Path) -> bool:
     """Whether `load_container` is meant: a file that is no GGUF, or a folder with model.bin and no safetensors."""
-    if place.is_dir():
+    if os.path.isdir(place):
         ours = any((place / name).exists() for name in (hub_folder.WEIGHTS, hub_folder.INDEX))
         return (place / "model.bin").is_file() and not ours
     with files.open_regular(place) as file:

@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headway.errors import HeadwayError, InputError
+from headway.errors import ConfigError, HeadwayError, InputError
 from headway.generation.beam import search
 from headway.generation.options import GenerationOptions
 from headway.generation.prompts import Prompt, PromptLike, check_can_generate, end_ids, prepare
 from headway.generation.result import FinishReason, Generation, TokenLogprob, finite, nonfinite
 from headway.generation.sampling import Sampler
-from headway.generation.session import Session, inference
+from headway.generation.session import Memory, Session, inference
 from headway.generation.stream import TextStream
 from headway.nn.model import Transformer
 from headway.nn.precision import wide
@@ -39,6 +39,7 @@ def generate(
     on_text: OnText | None = None,
     *,
     on_error: Literal["raise", "return"] = "raise",
+    memory: Memory | None = None,
 ) -> list[Generation]:
     """Continue prompts.
 
@@ -50,6 +51,8 @@ def generate(
         on_text: receives whole characters as soon as they are certain; the pieces of a sequence joined are its text.
         on_error: a sequence whose logits are not numbers fails alone; "raise" raises its error when the others are
             done, "return" leaves it in the result with finish_reason "error".
+        memory: of the same model; what the prompt has in common with the last one is not read again. For one prompt
+            with one continuation: no beams, no echo.
 
     Returns:
         `options.n` results per prompt, in order.
@@ -64,6 +67,8 @@ def generate(
     ends = end_ids(model.config, tokenizer, options)
     options.check_vocabulary(vocab, ends)
     ready = _prepare_all(prompts, model, tokenizer, options)
+    if memory is not None and (len(ready) > 1 or options.n > 1 or options.beams > 1 or options.echo):
+        raise ConfigError("memory", "several sequences, or an echo", "one prompt, n=1, beams=1, echo=false")
     results: list[Generation] = []
     with inference(model):
         if options.beams > 1:
@@ -77,7 +82,7 @@ def generate(
             size = max(options.batch_size // options.n, 1)
             for start in range(0, len(ready), size):
                 group = numbered[start : start + size]
-                results += _Batch(model, tokenizer, group, options, ends, on_text).run()
+                results += _Batch(model, tokenizer, group, options, ends, on_text, memory).run()
     if on_error == "raise":
         raise_failed(results)
     return results
@@ -146,12 +151,13 @@ class _Batch:
         options: GenerationOptions,
         ends: frozenset[int],
         on_text: OnText | None,
+        memory: Memory | None,
     ) -> None:
         self.started = time.perf_counter()
         self.options, self.ends, self.on_text, self.is_pair = options, ends, on_text, model.is_pair
         vocab = min(model.config.vocab_size, tokenizer.vocab_size)
         self.prompts = [prompt for _, prompt in group]
-        self.session = Session(model, self.prompts, vocab)
+        self.session = Session(model, self.prompts, vocab, memory)
         self.sequences = [
             _Sequence(
                 number, sample, prompt, self._seed(), TextStream(tokenizer, options.stop, at_start=prompt.at_start)

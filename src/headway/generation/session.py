@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from headway.generation.prompts import Prompt
+from headway.nn.cache import Cache
 from headway.nn.model import Transformer
 
 
@@ -27,6 +29,57 @@ def inference(model: Transformer) -> Iterator[None]:
         model.train(was_training)
 
 
+_ROOM = 256  # tokens that a memory holds at least
+
+
+class Memory:
+    """What one sequence leaves behind for the next whose prompt begins alike: its cache, and the ids in it.
+
+    An exception in the middle of a forward pass leaves more in the cache than in `ids`; what counts is `ids`.
+    `reused` is how many tokens the last prompt found here.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.reused = 0
+        self._cache: Cache | None = None
+
+    def cache(self, model: Transformer, prompt: Prompt) -> Cache:
+        """A cache with room for prompt and answer that holds the first `reused` ids of the prompt.
+
+        That is the common prefix, or nothing where it cannot be kept: the room has become too small, a rolling window
+        has passed it, or the positions depend on the length of the whole. One token is always left to be read.
+        """
+        used, shared = len(prompt.ids) + prompt.room, min(beginning(self.ids, prompt.ids), len(prompt.ids) - 1)
+        rope = model.decoder.rope if model.decoder is not None else None
+        cache = self._cache
+        fits = cache is not None and used <= cache.max_len and not (rope is not None and rope.by_length)
+        self.ids = self.ids[:shared]
+        if cache is None or not fits or not _crop(cache, shared):
+            # By powers of two: a growing conversation is read again once per doubling and takes no more than twice
+            # the memory of what is in it.
+            self.ids, self._cache = [], None
+            cache = model.new_cache(1, min(max(1 << (used - 1).bit_length(), _ROOM), model.config.max_len))
+        self._cache, self.reused = cache, len(self.ids)
+        cache.declared.fill_(used)
+        return cache
+
+
+def beginning(one: Iterable[int], other: Iterable[int]) -> int:
+    """How many ids two sequences have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _crop(cache: Cache, length: int) -> bool:
+    """Forget what stands from `length` on; False where a rolling window has lost what stood before it."""
+    tops = [(int(slots.positions.max()), slots.capacity) for slots in cache.groups.values()]
+    if any(top >= length for top, _ in tops):
+        if any(top >= capacity for top, capacity in tops):
+            return False
+        cache.crop(length)
+    return True
+
+
 class Session:
     """One batch of sequences with its cache. Rows may have prompts of different lengths.
 
@@ -34,13 +87,19 @@ class Session:
 
     Args:
         model: a decoder or encoder-decoder. prompts: one per row. vocab: how many logits count (a model's table may
-            have more rows than its tokenizer has tokens, and nobody could read those).
+            have more rows than its tokenizer has tokens, and nobody could read those). memory: of an earlier session
+            with one row, for a decoder with one prompt; an encoder-decoder reads its prompt anew.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Prompt], vocab: int) -> None:
+    def __init__(self, model: Transformer, prompts: Sequence[Prompt], vocab: int, memory: Memory | None = None) -> None:
         self.model, self.vocab = model, vocab
         self.device = next(model.parameters()).device
         self._ids, self._real = self._pad([prompt.ids for prompt in prompts])
+        self._memory = None if model.is_pair else memory
+        if self._memory is not None:
+            self.cache = self._memory.cache(model, prompts[0])
+            self._ids = self._ids[:, self._memory.reused :]
+            return
         used = [prompt.room + (0 if model.is_pair else len(prompt.ids)) for prompt in prompts]
         # Rows declare the length they are meant to reach: RoPE scalings that depend on it must not see the neighbours.
         self.cache = model.new_cache(len(prompts), max(used), torch.tensor(used, device=self.device))
@@ -56,6 +115,8 @@ class Session:
             out = self.model(self._ids, attention_mask=self._real, decoder_input_ids=start, cache=self.cache)
         else:
             out = self.model(self._ids, attention_mask=self._real, cache=self.cache)
+        if self._memory is not None:
+            self._memory.ids += self._ids[0].tolist()
         logits: Tensor = out.logits[..., : self.vocab]
         return logits
 
@@ -73,6 +134,8 @@ class Session:
             out = self.model(decoder_input_ids=column, cache=self.cache)
         else:
             out = self.model(column, cache=self.cache)
+        if self._memory is not None:
+            self._memory.ids.append(int(ids_B[0]))
         logits: Tensor = out.logits[:, -1, : self.vocab]
         return logits
 
