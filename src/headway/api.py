@@ -56,15 +56,19 @@ def load(path: str | Path, **options: Any) -> Loaded:
 
 def embed(loaded: Loaded, texts: str | Sequence[str], *, progress: Callable[[int], None] | None = None) -> Tensor:
     """Vectors of texts, (texts, size) float32, pooled and normalised as the model says; see evaluation.embed."""
+    from headway.evaluation.embed import check_can_embed
     from headway.evaluation.embed import embed as vectors
 
+    check_can_embed(loaded.config)
     return vectors(loaded.model, loaded.words, [texts] if isinstance(texts, str) else texts, progress=progress)
 
 
 def fill_mask(loaded: Loaded, text: str, *, top: int = 5) -> list[list[Guess]]:
     """The likeliest tokens at each mask of a text, for encoders; see evaluation.fill_mask."""
+    from headway.evaluation.fill_mask import check_can_fill
     from headway.evaluation.fill_mask import fill_mask as fill
 
+    check_can_fill(loaded.config)
     return fill(loaded.model, loaded.words, text, top=top)
 
 
@@ -78,7 +82,7 @@ def transcribe(loaded: Loaded, audio: str | Path | Tensor, *, language: str | No
     Longer recordings are cut into pieces of 30 seconds. Raises ConfigError, InputError.
     """
     from headway.data.audio import RATE, log_mel, read_wav
-    from headway.generation.transcribe import decoder_prefix
+    from headway.generation.transcribe import decoder_prefix, named_ids
     from headway.generation.transcribe import transcribe as hear
 
     front, raw = loaded.config.embeddings.audio, loaded.raw
@@ -86,7 +90,7 @@ def transcribe(loaded: Loaded, audio: str | Path | Tensor, *, language: str | No
         raise ConfigError("kind", f"{loaded.config.kind} without an audio front end hears nothing", "a Whisper model")
     samples = audio if isinstance(audio, Tensor) else read_wav(Path(audio))
     prefix = decoder_prefix(loaded.words, raw, loaded.config.tokens.decoder_start or 0, language)
-    banned, banned_first = raw.get("suppress_tokens") or (), raw.get("begin_suppress_tokens") or ()
+    banned, banned_first = (named_ids(raw, name) for name in ("suppress_tokens", "begin_suppress_tokens"))
     ids: list[int] = []
     for piece in torch.split(samples, front.frames * RATE // 100):  # a frame is 10 ms
         features = log_mel(piece, bins=front.bins, frames=front.frames)

@@ -26,7 +26,6 @@ from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
-from headway.families._translate import plan
 from headway.launch import CONFIG, MODEL, TOKENIZER
 from headway.nn import Transformer
 from headway.strict import strict_json
@@ -207,8 +206,7 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
         check_tokenizer(run, config, tokenizer, manifest, force=force_tokenizer)
     weights = read_tensors(folder / WEIGHTS)
     # On the meta device first: a config that asks for more than the file holds must not take memory.
-    with torch.device("meta"):
-        check_weights(Transformer(config), weights, folder / WEIGHTS, run / MODEL)
+    check_weights(Transformer.blank(config), weights, folder / WEIGHTS, run / MODEL)
     family, architecture, raw = _origin(manifest)
     return Loaded(
         Transformer.of(config, weights),
@@ -287,38 +285,23 @@ _TOKENIZERS = (
 
 
 def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, allow_nonfinite: bool) -> Loaded:
-    raw = hub_folder.read_json(place / hub_folder.CONFIG)
+    where = str(place / hub_folder.CONFIG)
+    raw, pooling = hub_folder.read_json(place / hub_folder.CONFIG), pooling_beside(place)
     if raw.get("model_type") in TOWERS:
         raw, tensors = open_tower(place, raw, tower)
-        where = f"{place / hub_folder.CONFIG} ({tower}_config)"
-        found = hub_folder.translate(raw, tensors, where, dtype=dtype, allow_nonfinite=allow_nonfinite)
-        return _published(found, place, [])
-    found = hub_folder.read_folder(place, dtype=dtype, allow_nonfinite=allow_nonfinite)
-    return _published(_pooled_as_said(found, place), place, [])
+        where = f"{where} ({tower}_config)"
+    else:
+        tensors = hub_folder.open_tensors(place)
+    how: dict[str, Any] = {"dtype": dtype, "allow_nonfinite": allow_nonfinite, "pooling": pooling}
+    found = hub_folder.translate(raw, tensors, where, **how)
+    notes = []
+    if pooling is not None and found.config.head != pooling:
+        head = found.config.head.type
+        notes.append(f"{place / _POOLING}: {pooling.pooling} pooling is not used, the head of this model is {head}")
+    return _published(found, place, notes)
 
 
-_POOLING = Path("1_Pooling", "config.json")
-
-
-def _pooled_as_said(found: hub_folder.Checkpoint, place: Path) -> hub_folder.Checkpoint:
-    """A bare encoder with the pooling that files beside it name (sentence-transformers); its own is then unread."""
-    head, own = pooling_beside(place), found.config.head
-    if head is None:
-        return found
-    if found.config.kind != "encoder" or not isinstance(own, PooledEmbedding):
-        line = (
-            f"{place / _POOLING}: pooling {head.pooling} is not applied to a {found.config.kind} with head {own.type}"
-        )
-        return replace(found, notes=[*found.notes, line])
-    config = with_fields(found.config, head=head)
-    with torch.device("meta"):
-        names = Transformer(config).state_dict().keys()
-    unread = dict(found.unread)
-    for rule in plan(found.family, found.family.heads[found.architecture], found.config).rules:
-        if rule.names[0] not in names:
-            unread |= rule.scatter(found.weights[rule.names[0]])
-    weights = {name: tensor for name, tensor in found.weights.items() if name in names}
-    return replace(found, config=config, weights=weights, unread=unread)
+_POOLING = Path("1_Pooling") / "config.json"
 
 
 def pooling_beside(place: Path) -> PooledEmbedding | None:

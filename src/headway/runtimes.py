@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from headway.checkpoints.gguf_model import gguf_metadata
 from headway.errors import HeadwayError
-from headway.families import families
+from headway.families import Family
 from headway.loading import Loaded
-from headway.saving import family_for
-from headway.text.gguf_vocab import to_gguf
+from headway.saving import family_for, gguf_vocabulary
 
 # Architecture classes in vLLM's registry (vllm/model_executor/models/registry.py, read in 2026); those that it runs
 # through transformers are among them.
@@ -25,18 +23,15 @@ def runtimes(loaded: Loaded) -> dict[str, str]:
     """{runtime: the reason why it cannot load the model, empty where it can}, by what the tables say."""
     try:
         family, architecture = family_for(loaded)
-        theirs = ""
     except HeadwayError as error:
         return dict.fromkeys(("transformers", "vLLM", "llama.cpp"), str(error))
     vllm = "" if architecture in VLLM else f"its registry has no {architecture}"
-    return {"transformers": theirs, "vLLM": vllm, "llama.cpp": _llama_cpp(loaded, family.model_type)}
+    return {"transformers": "", "vLLM": vllm, "llama.cpp": _llama_cpp(loaded, family)}
 
 
-def _llama_cpp(loaded: Loaded, model_type: str) -> str:
+def _llama_cpp(loaded: Loaded, family: Family) -> str:
     try:
-        gguf_metadata(loaded.config, families()[model_type])
-        if loaded.tokenizer is not None:
-            to_gguf(loaded.tokenizer)
+        gguf_vocabulary(loaded, family)
     except HeadwayError as error:
         return str(error)
-    return "" if loaded.tokenizer is not None else "it needs a tokenizer"
+    return ""

@@ -6,7 +6,9 @@ asked for. Published folders keep what came with them: other keys of config.json
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,18 +17,23 @@ from torch import Tensor
 
 from headway import files
 from headway.checkpoints.folder import WEIGHTS, save_checkpoint
-from headway.checkpoints.gguf_model import FORMATS, gguf_chunks
-from headway.checkpoints.hub_folder import choose_family, folder_files, write_folder
+from headway.checkpoints.gguf_model import FORMATS, gguf_chunks, gguf_metadata
+from headway.checkpoints.hub_folder import CONFIG, choose_family, folder_files, write_folder
 from headway.config import ModelConfig, PooledEmbedding
 from headway.errors import ConfigError, MachineError
 from headway.families import Family, families
+from headway.families._gguf import dialect
+from headway.families._translate import plan, write_config
 from headway.launch import MODEL
 from headway.loading import Loaded
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.text.gguf_vocab import TYPES, to_gguf
+from headway.text.sentencepiece import UNUSED
 
 FORMS = ("hf", "gguf", "headway")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GENERATION, PREPROCESSOR = "generation_config.json", "preprocessor_config.json"
+MAX_KEPT = 1 << 24
 
 
 def save(
@@ -51,14 +58,15 @@ def save(
     place = Path(target)
     if form not in FORMS:
         raise ConfigError("--to", repr(form), ", ".join(FORMS))
+    files.check_target(place, overwrite)
     weights = plain_weights(loaded)
     if form == "gguf":
-        return _save_gguf(loaded, weights, place, dtype, family, overwrite)
+        return _save_gguf(loaded, weights, place, dtype, family)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("--dtype", repr(dtype), f"{', '.join(DTYPES)} for --to {form}")
     cast = None if dtype is None else DTYPES[dtype]
     if form == "headway":
-        return _save_run(loaded, weights, place, cast, overwrite=overwrite)
+        return _save_run(loaded, weights, place, cast)
     chosen, architecture = family_for(loaded, family)
     contents = folder_files(
         loaded.config,
@@ -79,37 +87,67 @@ def family_for(loaded: Loaded, asked: str | None = None) -> tuple[Family, str]:
         raise ConfigError("--family", repr(asked), f"one of {', '.join(families())}")
     if loaded.family and loaded.architecture and asked in (None, loaded.family):
         return families()[loaded.family], loaded.architecture
-    return choose_family(loaded.config, asked)
+    chosen, architecture = choose_family(loaded.config, asked)
+    if asked not in (None, chosen.model_type):
+        raise ConfigError(
+            "--family", _why_not(loaded.config, families()[str(asked)]), f"{chosen.model_type}, which can"
+        )
+    return chosen, architecture
+
+
+def _why_not(config: ModelConfig, family: Family) -> str:
+    """Why a family cannot express a model."""
+    for architecture, head in family.heads.items():
+        if family.fixed.get("kind") == config.kind and head.fields["head.type"] == config.head.type:
+            try:
+                write_config(family, architecture, config)
+            except ConfigError as error:
+                return error.found
+    return f"{family.model_type} has no {config.kind} with head {config.head.type}"
 
 
 def plain_weights(loaded: Loaded) -> dict[str, Tensor]:
     """Every tensor of the model by name, packed ones unpacked to float32."""
     state = dict(loaded.model.state_dict())
+    unpacked: dict[int, Tensor] = {}  # by the place of their blocks: what is tied stays tied
     for name, module in loaded.model.named_modules():
         if isinstance(module, PackedLinear | PackedEmbedding):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.blocks")}
-            state[f"{name}.weight"] = module.packed.unpack()
+            place = module.get_buffer("blocks0").data_ptr()
+            if place not in unpacked:
+                unpacked[place] = module.packed.unpack()
+            state[f"{name}.weight"] = unpacked[place]
     return state
 
 
 def _with_text(loaded: Loaded, contents: Iterator[tuple[str, files.Content]]) -> Iterator[tuple[str, files.Content]]:
-    """The weights' files, then those of the tokenizer and of what is done with the model's output."""
+    """The weights' files, then those of the tokenizer and of what is done with the model's inputs and outputs."""
     yield from contents
     tokenizer, config = loaded.tokenizer, loaded.config
     if tokenizer is not None:
         for name, text in tokenizer.files().items():
             yield name, text.encode()
-    if config.kind in ("decoder", "encoder-decoder"):
-        yield "generation_config.json", _json(generation_config(config))
-    if isinstance(config.head, PooledEmbedding) and config.kind == "encoder" and config.head.transform == "none":
-        yield from _sentence_transformer(config.head, config)
+    kept = [name for name in (GENERATION, PREPROCESSOR) if loaded.form == "hf" and (loaded.path / name).is_file()]
+    for name in kept:
+        yield name, files.read_bytes(loaded.path / name, MAX_KEPT)
+    if config.kind in ("decoder", "encoder-decoder") and GENERATION not in kept:
+        yield GENERATION, _json(generation_config(config, loaded.raw))
+    head = config.head
+    if (
+        isinstance(head, PooledEmbedding)
+        and config.kind == "encoder"
+        and head.transform == "none"
+        and not head.projection
+    ):
+        yield from _sentence_transformer(head, config)
 
 
-def generation_config(config: ModelConfig) -> dict[str, object]:
-    """The ids that begin and end a text, as transformers' `generate` reads them."""
+def generation_config(config: ModelConfig, raw: Mapping[str, object] | None = None) -> dict[str, object]:
+    """The ids that begin and end a text or never stand in it, as transformers' `generate` reads them."""
     t = config.tokens
     eos: object = [t.eos, *t.ends] if t.ends else t.eos
     ids = {"bos_token_id": t.bos, "eos_token_id": eos, "pad_token_id": t.pad, "decoder_start_token_id": t.decoder_start}
+    ids |= {name: (raw or {}).get(name) for name in ("suppress_tokens", "begin_suppress_tokens")}
     return {name: value for name, value in ids.items() if value is not None}
 
 
@@ -136,20 +174,37 @@ def _save_gguf(
     place: Path,
     dtype: str | None,
     model_type: str | None,
-    overwrite: bool,
 ) -> Path:
-    asked = dtype or _stored(weights)
+    asked = _stored(weights) if dtype is None else dtype
     kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(asked, asked.upper())
     if kind not in FORMATS:
-        raise ConfigError("--dtype", repr(dtype), f"one of {', '.join(name.lower() for name in FORMATS)}")
-    if place.exists() and not overwrite:
-        raise MachineError(str(place), "exists", "a new file", "--overwrite, or another name")
+        raise ConfigError("--dtype", repr(asked), f"one of {', '.join(name.lower() for name in FORMATS)}")
     chosen, _ = family_for(loaded, model_type)
-    vocabulary = to_gguf(loaded.words)
+    vocabulary = gguf_vocabulary(loaded, chosen)
     chunks = gguf_chunks(loaded.config, weights, chosen, kind=kind, name=place.stem, vocabulary=vocabulary, types=TYPES)
     files.make_dir(place.absolute().parent)
     files.atomic_write(place, chunks)
     return place
+
+
+def gguf_vocabulary(loaded: Loaded, family: Family) -> dict[str, object]:
+    """The tokenizer's metadata in a GGUF file, with unused tokens up to the embedding's rows, by which llama.cpp goes.
+
+    Raises ConfigError, InputError: what llama.cpp cannot express, of the model first and then of its tokenizer.
+    """
+    gguf_metadata(loaded.config, family)
+    names = dialect(family)
+    plan(names, names.heads[names.model_type], loaded.config)
+    out = to_gguf(loaded.words)
+    tokens = out["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    more = range(len(tokens), loaded.config.vocab_size)
+    idle: dict[str, list[object]] = {"tokens": [f"[PAD{number}]" for number in more]}
+    idle |= {"token_type": [UNUSED for _ in more], "scores": [0.0 for _ in more]}
+    for name, values in idle.items():
+        if isinstance(known := out.get(f"tokenizer.ggml.{name}"), list):
+            out[f"tokenizer.ggml.{name}"] = [*known, *values]
+    return out
 
 
 def _stored(weights: Mapping[str, Tensor]) -> str:
@@ -158,21 +213,48 @@ def _stored(weights: Mapping[str, Tensor]) -> str:
     return str(first).removeprefix("torch.")
 
 
-def _save_run(
-    loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype: torch.dtype | None, *, overwrite: bool
-) -> Path:
-    if place.exists() and any(place.iterdir()) and not overwrite:
-        raise MachineError(str(place), "exists and is not empty", "a new folder", "--overwrite, or another name")
-    cast = {name: t if dtype is None or not t.is_floating_point() else t.to(dtype) for name, t in weights.items()}
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A folder to fill that then takes the target's place: complete or not there at all, as in `write_folder`."""
+    target = Path(os.path.realpath(target))
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in (MODEL, CONFIG)):
+        found, expected = f"holds files but neither {MODEL} nor {CONFIG}", "a folder of a model to overwrite"
+        raise MachineError(str(target), found, expected, "another name")
+    temporary, old = files.temporary_sibling(target), files.temporary_sibling(target)
+    try:
+        files.make_dir(temporary)
+        yield temporary
+        files.sync(temporary)
+        if target.exists():
+            files.rename(target, old)
+        files.rename(temporary, target)
+    except BaseException:
+        with contextlib.suppress(MachineError):
+            if old.exists() and not target.exists():
+                files.rename(old, target)
+        with contextlib.suppress(MachineError):
+            files.remove_tree(temporary)
+        raise
+    files.sync(target.parent)
+    files.remove_tree(old)
+
+
+def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype: torch.dtype | None) -> Path:
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # by their place: what is tied is stored once
+    for tensor in weights.values():
+        is_kept = dtype is None or not tensor.is_floating_point()
+        cast.setdefault((tensor.data_ptr(), tensor.shape), tensor if is_kept else tensor.to(dtype))
     tokenizer = loaded.tokenizer
-    files.make_dir(place)
-    if tokenizer is not None:
-        tokenizer.save(place)
-    files.atomic_write(place / MODEL, loaded.config.to_json().encode() + b"\n")
     meta = {
         "family": loaded.family,
         "architecture": loaded.architecture,
+        "raw": dict(loaded.raw),
         "identity": {"tokenizer": tokenizer.hash if tokenizer is not None else None},
     }
-    save_checkpoint(place, loaded.step or 0, {WEIGHTS: cast}, meta, moved=False, overwrite=overwrite)
+    with _replacing(place) as folder:
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        files.atomic_write(folder / MODEL, loaded.config.to_json().encode() + b"\n")
+        held = {name: cast[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+        save_checkpoint(folder, loaded.step or 0, {WEIGHTS: held}, meta, moved=False)
     return place

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from test_loading import published, theirs
 from torch import nn
 
 import headway
@@ -143,7 +145,8 @@ def test_a_hugging_face_config_runs_no_code(tmp_path, model_type):
     """`auto_map` names code beside the config; reading the config must not touch it."""
     canary = tmp_path / "canary"
     (tmp_path / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w').close()")
-    tree = {"auto_map": {"AutoConfig": "modeling_evil.Evil"}, "_attn_implementation_internal": "x/y", "hidden_size": 8}
+    tree = {"auto_map": {"AutoConfig": "modeling_evil.Evil"}, "_attn_implementation_internal": "x/y", "hidden_size": 64}
+    tree |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 40}
     (tmp_path / "config.json").write_text(json.dumps({**tree, "model_type": model_type}))
     done = subprocess.run(
         [sys.executable, "-c", WATCH, "inspect", "config.json"],
@@ -152,5 +155,112 @@ def test_a_hugging_face_config_runs_no_code(tmp_path, model_type):
         text=True,
         check=False,
     )
-    assert done.returncode == 3 and "config.json: a Hugging Face config" in done.stderr, done.stderr
-    assert str(model_type) in done.stderr and "AUDIT" not in done.stderr and not canary.exists()
+    if model_type == "llama":  # a family that is known is read, and the keys that name code are told of
+        assert done.returncode == 0 and "decoder" in done.stdout and "auto_map" in done.stderr, done.stderr
+    else:
+        assert done.returncode == 3 and "model_type" in done.stderr and "llama" in done.stderr, done.stderr
+    assert "AUDIT" not in done.stderr and not canary.exists()
+
+
+# --- published models --------------------------------------------------------------------------------------------
+
+PUBLISHED = ["LlamaForCausalLM-tied", "BertForMaskedLM", "T5ForConditionalGeneration", "ViTForImageClassification"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_hugging_face_folder(command, tmp_path, name):
+    """Counted as transformers counts; the hash is that of `load`; every tensor with its shape."""
+    published(tmp_path / "m", name, None)
+    loaded, theirs_ = headway.load("m"), theirs(name)
+    shown = command("inspect", "m", "--json").json
+    assert (shown["family"], shown["kind"]) == (loaded.family, loaded.config.kind)
+    assert shown["weights_sha256"] == loaded.weights_sha256
+    assert shown["parameters"] == theirs_.num_parameters() == sum(shown["parameters_by_part"].values())
+    tensors = {one: (tensor.dtype, tensor.shape) for one, tensor in loaded.model.named_parameters()}
+    found = {one: (getattr(torch, kind), torch.Size(shape)) for one, (kind, *shape) in shown["tensors"].items()}
+    assert found == tensors and sum(shape.numel() for _, shape in found.values()) == shown["parameters"]
+    assert list(shown["runtimes"]) == ["transformers", "vLLM", "llama.cpp"] and shown["runtimes"]["transformers"] == ""
+
+
+def test_tensors_of_equal_layers_are_one_line_unless_all_are_asked_for(command, tmp_path):
+    published(tmp_path / "m", "LlamaForCausalLM", None)
+    brief, whole = command("inspect", "m").out, command("inspect", "m", "--tensors").out
+    assert "decoder.blocks.*.attention.qkv.weight" in brief and "3 times" in brief and "blocks.1." not in brief
+    for number in range(3):
+        assert re.search(rf"decoder\.blocks\.{number}\.attention\.qkv\.weight +float32 +64 x 32\n", whole)
+    assert "times" not in whole and "embeddings.tokens.weight" in whole
+
+
+def test_where_a_model_loads(command, tmp_path):
+    published(tmp_path / "llama", "LlamaForCausalLM")
+    published(tmp_path / "bert", "BertForMaskedLM", "wordpiece")
+    shown = [re.findall(r"^(\S+) +(yes|no: .*)$", command("inspect", name).out, re.M) for name in ("llama", "bert")]
+    assert shown[0] == [("transformers", "yes"), ("vLLM", "yes"), ("llama.cpp", "yes")]
+    assert shown[1][0][1] == "yes" and "BertForMaskedLM" in shown[1][1][1] and "masked-lm" in shown[1][2][1]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q8_0", "q4_0"])
+def test_a_gguf_file(command, tmp_path, kind):
+    """The format of every tensor as it stands in the file, tied ones once; the same number of parameters."""
+    published(tmp_path / "m", "LlamaForCausalLM-tied")
+    assert command("convert", "m", "out.gguf", "--dtype", kind).code == 0
+    shown, before = command("inspect", "out.gguf", "--json").json, command("inspect", "m", "--json").json
+    assert shown["family"] == "llama" and shown["parameters"] == before["parameters"]
+    assert shown["weights_sha256"] == headway.load("out.gguf").weights_sha256
+    assert (shown["weights_sha256"] == before["weights_sha256"]) is (kind == "float32")
+    said = kind.upper() if kind[0] == "q" else kind
+    tensors = {name: (form, tuple(shape)) for name, (form, *shape) in shown["tensors"].items()}
+    assert {name: shape for name, (_, shape) in tensors.items()} == {
+        name: tuple(shape) for name, (_, *shape) in before["tensors"].items()
+    }
+    assert tensors["embeddings.tokens.weight"][0] == tensors["decoder.blocks.0.attention.qkv.weight"][0] == said
+    assert tensors["decoder.norm.weight"][0] == "float32"  # vectors are F32 in such files
+    assert said in command("inspect", "out.gguf").out
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("name", [*PUBLISHED, "WhisperForConditionalGeneration", "CLIPTextModelWithProjection"])
+def test_a_published_config_alone(command, tmp_path, name):
+    """Without weights: the same shapes and parts as the folder's, no hash, nothing said of runtimes."""
+    published(tmp_path / "m", name, None)
+    alone, whole = command("inspect", "m/config.json", "--json").json, command("inspect", "m", "--json").json
+    assert alone["weights_sha256"] is None and alone["tensors"] == alone["runtimes"] == {}
+    for key in ("kind", "parameters", "parameters_by_part", "shapes", "cost"):
+        assert alone[key] == whole[key], key
+    changed = command("inspect", "m/config.json", "n_layers=1", "--json").json
+    assert changed["parameters"] < whole["parameters"]
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"model_type": "evil"}, ["model_type", "'evil'", "llama"]),
+        ({"hidden_size": "wide"}, ["hidden_size", "'wide'"]),
+        ({"hidden_size": -3}, ["hidden_size"]),
+        ({"hidden_act": "evil"}, ["hidden_act", "'evil'", "silu"]),
+        ({"num_attention_heads": 5}, ["num_attention_heads"]),
+        ({"architectures": ["Evil"]}, ["architectures", "'Evil'", "LlamaForCausalLM"]),
+        ({"rope_parameters": {"rope_type": "evil"}}, ["evil", "llama3"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_published_config(command, tmp_path, change, parts):
+    folder = published(tmp_path / "m", "LlamaForCausalLM", None)
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | change))
+    for path in ("m/config.json", "m"):
+        said = command("inspect", path)
+        assert said.code == 3 and all(part in said.error for part in parts), said.error
+
+
+def test_places_that_are_no_model(command, tmp_path):
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text("{")
+    for path, part in (("text", "no GGUF"), ("empty", "not the folder"), ("emtpy", "did you mean 'empty'")):
+        said = command("inspect", path)
+        assert said.code == 3 and part in said.error
+    assert command("inspect", "broken.json").code in (2, 3)
+    assert command("inspect", "missing.json").code == 3
+    assert command("inspect", "text", "empty").code == 2

@@ -23,7 +23,7 @@ from torch import Tensor
 from headway import files
 from headway.checkpoints.raw import looks_like_pickle
 from headway.checkpoints.tensors import DTYPES, TensorFile, write_tensors
-from headway.config import ModelConfig, with_fields
+from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import Family, families, family_of
 from headway.families._translate import CODE_KEYS, Plan, is_unread, plan, read_config, write_config
@@ -128,9 +128,9 @@ def open_tensors(folder: Path) -> Tensors:
 
     Raises InputError: none there, pickles only, an index that does not fit its shards.
     """
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+    if os.path.lexists(folder / WEIGHTS) or not os.path.lexists(folder / INDEX):
         pickled = next((name for name in PICKLES if (folder / name).exists()), None)
-        if pickled and not (folder / WEIGHTS).exists():
+        if pickled and not os.path.lexists(folder / WEIGHTS):
             raise _pickled(folder / pickled)
         file = _open(folder / WEIGHTS)
         return Tensors(str(folder / WEIGHTS), dict.fromkeys(file.entries, file))
@@ -204,10 +204,16 @@ def translate(
     *,
     dtype: torch.dtype | None = None,
     allow_nonfinite: bool = False,
+    pooling: PooledEmbedding | None = None,
 ) -> Checkpoint:
-    """Published config and tensors in our terms. Raises InputError; see `read_folder`."""
+    """Published config and tensors in our terms; a bare encoder with this `pooling` in place of its own.
+
+    Raises InputError; see `read_folder`.
+    """
     family = family_of(raw, where)
     config, _, architecture, notes = read_config(family, raw, where)
+    if pooling is not None and config.kind == "encoder" and isinstance(config.head, PooledEmbedding):
+        config = with_fields(config, head=pooling)
     layers, networks = config.n_layers + config.n_decoder_layers, getattr(config.feed_forward.experts, "experts", 1)
     if layers * networks > len(tensors):  # said before so many modules are made
         found = f"{layers} layers of {networks} feed-forward networks"
@@ -216,16 +222,16 @@ def translate(
     # Of tied tensors a file may hold any one (the first by name in some of huggingface.co's conversions).
     other = {kept: one for one, kept in wanted.spare.items() if one in tensors and kept not in tensors}
     tensors = tensors.renamed({one: kept for kept, one in other.items()})
-    unread = check(wanted, family, tensors, where)
+    check(wanted, family, tensors, where)
     if config.embeddings.tied and _differing(wanted, tensors):
         # Both tables are there and differ: the config's word for it is wrong (T5 1.1 as transformers 5 saves it).
         notes.append(f"{tensors.where}: output and embedding differ although {where} ties them; they stay apart")
         untied = config.embeddings.model_copy(update={"tied": False})
         config = with_fields(config, embeddings=untied)
         wanted = fitting_plan(family, architecture, config, tensors)
-        unread = check(wanted, family, tensors, where)
     for one in _differing(wanted, tensors):
         raise InputError(tensors.place(one), f"tensor {one} differs from {wanted.spare[one]}", "one table for both")
+    unread = check(wanted, family, tensors, where)
     tensors.release(one for one in wanted.spare if one in tensors)
     weights: dict[str, Tensor] = {}
     # Joined ones first: while their pages are there twice, those of the others need not be there yet.
@@ -294,7 +300,7 @@ def check(wanted: Plan, family: Family, tensors: Tensors, where: str) -> list[st
         if tensors.shape(name) != tensors.shape(kept):
             raise InputError(tensors.place(name), f"tensor {name} has shape {tensors.shape(name)}", f"that of {kept}")
     rest = [name for name in tensors if name not in needed]
-    unread = [name for name in rest if is_unread(family, name)]
+    unread = [name for name in rest if is_unread(family, name) and name not in wanted.spare]
     surplus = [name for name in rest if name not in unread and name not in wanted.spare]
     if missing or surplus:
         parts = [f"{len(some)} {what} ({', '.join(some[:5])})" for what, some in
@@ -389,7 +395,7 @@ def choose_family(config: ModelConfig, preferred: str | None = None) -> tuple[Fa
                 reasons.append(error)
     if not reasons:
         raise ConfigError("model", f"no family has kind {config.kind} with head {config.head.type}", "one that has")
-    raise min(reasons, key=lambda error: len(str(error)))
+    raise min(reasons, key=lambda error: max(str(error).count(" against "), 1))  # the fewest fields, the usual first
 
 
 def folder_files(
@@ -419,7 +425,7 @@ def folder_files(
         tensor = weights[rule.names[0]].detach()
         out |= rule.scatter(tensor if dtype is None else tensor.to(dtype))
     name = _said(next(iter(out.values())).dtype)
-    out |= unread or {}
+    out = {**(unread or {}), **out}
     tree = {**_kept(raw, family), **body, "dtype": name, "torch_dtype": name}
     yield CONFIG, json.dumps(tree, indent=2, sort_keys=True).encode() + b"\n"
     shards = _split(out, shard_bytes)
@@ -464,7 +470,7 @@ def write_folder(target: Path, contents: Iterable[tuple[str, files.Content]], *,
     Raises MachineError: it exists and is not empty (unless `overwrite`), it is no folder of a model, the disk refuses.
     """
     files.check_target(target, overwrite)
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).exists():
         raise MachineError(
             str(target), f"holds files but no {CONFIG}", "a folder of a model to overwrite", "another name"

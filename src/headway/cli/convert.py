@@ -42,7 +42,8 @@ def run(options: Options) -> None:
 
     source = resolve(str(source))
     if options.unsafe_pickle or loading.is_container(source):
-        loaded = loading.load_container(source, unsafe_pickle=options.unsafe_pickle)
+        given = {"unsafe_pickle": options.unsafe_pickle, "allow_nonfinite": options.allow_nonfinite}
+        loaded = loading.load_container(source, **given)
     else:
         loaded = loading.load(source, allow_nonfinite=options.allow_nonfinite, tower=options.tower)
     for line in loaded.notes:
@@ -52,4 +53,5 @@ def run(options: Options) -> None:
     parts = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
     held = sum(file.stat().st_size for file in parts)
     printer.say(f"{target}: {form}, {size(held)}")
-    printer.result({"path": str(target), "form": form, "family": loaded.family, "bytes": held})
+    family = loaded.family if form == "headway" else saving.family_for(loaded, options.family)[0].model_type
+    printer.result({"path": str(target), "form": form, "family": family, "bytes": held})

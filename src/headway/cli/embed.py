@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_texts(options: Options) -> list[str]:
     else:
         where, data = "stdin", sys.stdin.buffer.read()
     try:
-        return data.decode().splitlines()
+        return [line.removesuffix("\n") for line in io.StringIO(data.decode().removeprefix("\ufeff"), newline=None)]
     except UnicodeDecodeError as error:
         raise InputError(where, f"invalid UTF-8 at byte {error.start}", "UTF-8 text") from None
 
@@ -67,8 +68,6 @@ def run(options: Options) -> None:
     seconds = time.perf_counter() - began
     printer = Printer(json=options.json)
     if options.output is not None:
-        import io
-
         import numpy as np
 
         from headway.files import atomic_write

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from headway.cli.options import Common, option
-from headway.cli.output import Printer, size
+from headway.cli.output import Printer, note, size
 from headway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -160,7 +160,10 @@ def _fields(path: Path) -> dict[str, Any]:
         from headway.families import family_of
         from headway.families._translate import read_config
 
-        return read_config(family_of(tree, str(path)), tree, str(path)).config.model_dump(mode="json")
+        described = read_config(family_of(tree, str(path)), tree, str(path))
+        for line in described.notes:
+            note(f"note: {line}")
+        return described.config.model_dump(mode="json")
     if isinstance(tree.get("model"), dict):
         tree = tree["model"]
         if "depth" in tree:

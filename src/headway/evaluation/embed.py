@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from headway.config import PooledEmbedding
+from headway.config import ModelConfig, PooledEmbedding
 from headway.errors import ConfigError
 from headway.generation.session import inference
 from headway.nn import Transformer
@@ -26,14 +26,13 @@ def embed(
     progress: Callable[[int], None] | None = None,
     tokens: int = TOKENS,
 ) -> Tensor:
-    """Vectors of texts, (len(texts), size) float32, in their order.
+    """Vectors of texts, (len(texts), size) float32 on the CPU, in their order.
 
     A pooled-embedding head gives its vectors; any other model the mean of its last states over real tokens, of length
     one. Texts longer than the model's context are cut at its end, as sentence-transformers does. Batches hold texts of
     similar length, at most `tokens` with padding. `progress` is told the number of texts done.
     """
-    if model.config.kind not in ("encoder", "decoder"):
-        raise ConfigError("kind", f"{model.config.kind} gives no vector of a text", "an encoder or a decoder")
+    check_can_embed(model.config)
     rows = [_cut(tokenizer, ids, model.config.max_len) for ids in tokenizer.encode_batch(texts)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     out: list[Tensor | None] = [None] * len(rows)
@@ -47,7 +46,15 @@ def embed(
             if progress is not None:
                 progress(done)
     vectors = [vector for vector in out if vector is not None]
-    return torch.stack(vectors) if vectors else torch.empty(0, model.config.d_model)
+    head = model.config.head
+    size = (head.projection if isinstance(head, PooledEmbedding) else None) or model.config.d_model
+    return torch.stack(vectors) if vectors else torch.empty(0, size)
+
+
+def check_can_embed(config: ModelConfig) -> None:
+    """Refuse models that read no text, or read it for another. Raises ConfigError."""
+    if config.kind not in ("encoder", "decoder"):
+        raise ConfigError("kind", f"{config.kind} gives no vector of a text", "an encoder or a decoder")
 
 
 def _cut(tokenizer: Tokenizer, ids: list[int], longest: int) -> list[int]:
@@ -66,6 +73,6 @@ def _vectors(model: Transformer, rows: list[list[int]]) -> Tensor:
         real = torch.arange(longest, device=device)[None] < torch.tensor([[len(row)] for row in rows], device=device)
     found = model(ids, attention_mask=real)
     if isinstance(model.config.head, PooledEmbedding):
-        vectors: Tensor = found.logits.float()
+        vectors: Tensor = found.logits.float().cpu()
         return vectors
-    return torch.nn.functional.normalize(pool(found.hidden, real, "mean").float(), dim=-1)
+    return torch.nn.functional.normalize(pool(found.hidden, real, "mean").float(), dim=-1).cpu()

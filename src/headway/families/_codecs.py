@@ -269,7 +269,7 @@ def tokens(**defaults: int | None) -> Special:
 
     def write(config: ModelConfig) -> dict[str, object]:
         ids = {theirs: getattr(config.tokens, ours) for theirs, ours in _TOKENS.items()}
-        if config.kind != "encoder-decoder":
+        if config.kind != "encoder-decoder" and config.tokens.decoder_start is None:
             del ids["decoder_start_token_id"]
         if config.tokens.ends:
             ids["eos_token_id"] = [config.tokens.eos, *config.tokens.ends]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from headway.errors import InputError
 from headway.families._codecs import ACTIVATIONS, Raw, sizes
-from headway.families._table import Head, Key, Node, Special, choice, layers, qkv, shared
+from headway.families._table import Copy, Head, Key, Node, Spare, Special, choice, layers, qkv, shared
 
 FIXED: dict[str, object] = {
     "kind": "encoder",
@@ -72,16 +72,20 @@ def token_heads(name: str, prefix: str) -> dict[str, Head]:
     }
 
 
-def masked_lm(dense: str, norm: str, output: str, bias: str, prefix: str, **fields: object) -> Head:
-    """A masked-lm head from the names of its four parts. An untied output has a bias of its own; `bias` is idle."""
+def masked_lm(dense: str, norm: str, output: str, bias: str, prefix: str, *, gelu: bool = False) -> Head:
+    """A masked-lm head from the names of its four parts. An untied output has a bias of its own; `bias` is idle.
+
+    `gelu`: its activation is that whatever the body's is.
+    """
     own = f"{output}.bias"
+    biases: dict[object, Node] = {True: shared(bias, Spare(own)), False: shared(own, Copy(bias))}
     names: dict[str, Node] = {
         "head.dense": dense,
         "head.transform_norm": norm,
         "head.output.weight": f"{output}.weight",
-        "head.output.bias": choice("embeddings.tied", {True: bias, False: own if own == bias else shared(own, bias)}),
+        "head.output.bias": bias if own == bias else choice("embeddings.tied", biases),
     }
-    return Head({"head.type": "masked-lm", **fields}, names, prefix)
+    return Head({"head.type": "masked-lm"}, names, prefix, {"feed_forward.activation": "gelu"} if gelu else {})
 
 
 def width(key: str, default: int | None = None) -> Special:

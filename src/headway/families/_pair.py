@@ -7,7 +7,21 @@ import math
 from headway.config import ModelConfig
 from headway.errors import InputError
 from headway.families._codecs import ACTIVATIONS, Raw
-from headway.families._table import Head, Key, NoBias, Node, Special, halves, layers, lead, qkv
+from headway.families._table import (
+    Copy,
+    Head,
+    Key,
+    NoBias,
+    Node,
+    Spare,
+    Special,
+    choice,
+    halves,
+    layers,
+    lead,
+    qkv,
+    shared,
+)
 
 FIXED: dict[str, object] = {
     "kind": "encoder-decoder",
@@ -75,7 +89,11 @@ def weights(
     place: str, *, learned: bool, embedding_norm: bool, final_norm: bool, keys_biased: bool = True
 ) -> dict[str, Node]:
     """Both stacks. `place` is where a block has its norms: `before` or `after`."""
-    out: dict[str, Node] = {"embeddings.tokens": "shared", "decoder_embeddings.tokens": "decoder.embed_tokens"}
+    # Untied, their class parts the two sides' tables from the one that they share here, and wants all three.
+    ones = {tied: shared("shared", kind("encoder.embed_tokens")) for tied, kind in ((True, Spare), (False, Copy))}
+    tables: dict[object, Node] = {True: ones[True], False: shared(ones[False], Copy("decoder.embed_tokens"))}
+    out: dict[str, Node] = {"embeddings.tokens": choice("embeddings.tied", tables)}
+    out |= {"decoder_embeddings.tokens": "decoder.embed_tokens"}
     key = str if keys_biased else NoBias
     for side, table in (("encoder", "embeddings"), ("decoder", "decoder_embeddings")):
         layer: dict[str, Node] = {
@@ -103,4 +121,4 @@ def heads(name: str) -> dict[str, Head]:
     return {name: Head({"head.type": "causal-lm", "head.bias": True}, names, "model.")}
 
 
-UNREAD = ("model.encoder.embed_tokens.weight",)
+UNREAD = ()

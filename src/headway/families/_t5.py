@@ -2,7 +2,7 @@
 
 from headway.config import ModelConfig
 from headway.families._codecs import ACTIVATIONS, Raw
-from headway.families._table import Head, Key, Node, choice, halves, layers, qkv
+from headway.families._table import Head, Key, Node, Spare, choice, halves, layers, qkv, shared
 
 
 def feed_forward(raw: Raw) -> dict[str, object]:
@@ -46,7 +46,10 @@ def stack(side: str, last: int) -> dict[str, Node]:
     return outside | layers(f"{side}.blocks.{{i}}", f"{side}.block.{{i}}", parts)
 
 
-TABLES: dict[str, Node] = {"embeddings.tokens": "shared", "decoder_embeddings.tokens": "decoder.embed_tokens"}
+TABLES: dict[str, Node] = {
+    "embeddings.tokens": shared("shared", Spare("encoder.embed_tokens")),
+    "decoder_embeddings.tokens": "decoder.embed_tokens",
+}
 WEIGHTS = TABLES | stack("encoder", 1) | stack("decoder", 2)
 FIXED: dict[str, object] = {
     "kind": "encoder-decoder",
@@ -54,7 +57,7 @@ FIXED: dict[str, object] = {
     "norm.type": "rmsnorm",
     "attention.scale": 1.0,
 }
-UNREAD = ("encoder.embed_tokens.weight", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
+UNREAD = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
 def keys(**defaults: int | None) -> dict[str, Key]:

@@ -68,6 +68,14 @@ class NoBias(str):
     """
 
 
+class Spare(str):
+    """A second name of the tensor beside it in `shared`: a file may hold it too, with the same values; not written."""
+
+
+class Copy(Spare):
+    """The same, and written: their class has a tensor of its own there."""
+
+
 Node: TypeAlias = "str | Op | Choice"
 """The name of a module (weight and bias follow it) or of a parameter, `{i}` for the layer and `{e}` for the expert; or
 an operation on such."""
@@ -184,12 +192,14 @@ def prefixed(prefix: str, node: Node) -> Node:
 class Head:
     """What an architecture class adds to the body.
 
-    `fields` are dotted fields of ours, `weights` names as the file has them, `prefix` what the body's names begin with.
+    `fields` are dotted fields of ours, `weights` names as the file has them, `prefix` what the body's names begin with,
+    `needs` the fields of the body that the class takes for granted.
     """
 
     fields: Mapping[str, object]
     weights: Mapping[str, Node] = field(default_factory=dict)
     prefix: str = ""
+    needs: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,8 +235,18 @@ def leaves(node: Node, shape: Shape, config: ModelConfig, *, is_bias: bool = Fal
     if isinstance(node, Op):
         for one, part in zip(node.inner, node.shapes(shape, config), strict=True):
             yield from leaves(one, part, config, is_bias=is_bias)
-    elif not (is_bias and isinstance(node, NoBias)):
+    elif not (is_bias and isinstance(node, NoBias)) and not isinstance(node, Spare):
         yield node, shape
+
+
+def spares(node: Node, config: ModelConfig) -> Iterator[str]:
+    """The second names below a node."""
+    node = chosen(node, config)
+    if isinstance(node, Op):
+        for one in node.inner:
+            yield from spares(one, config)
+    elif isinstance(node, Spare):
+        yield node
 
 
 def gather(node: Node, shape: Shape, config: ModelConfig, fetch: Fetch, *, is_bias: bool = False) -> Tensor:
@@ -236,6 +256,7 @@ def gather(node: Node, shape: Shape, config: ModelConfig, fetch: Fetch, *, is_bi
         parts = [
             gather(one, part, config, fetch, is_bias=is_bias)
             for one, part in zip(node.inner, node.shapes(shape, config), strict=True)
+            if not isinstance(one, Spare)
         ]
         return node.join(parts, config)
     if is_bias and isinstance(node, NoBias):
@@ -249,5 +270,5 @@ def scatter(node: Node, tensor: Tensor, config: ModelConfig, *, is_bias: bool = 
     if isinstance(node, Op):
         for one, part in zip(node.inner, node.split(tensor, config), strict=True):
             yield from scatter(one, part, config, is_bias=is_bias)
-    elif not (is_bias and isinstance(node, NoBias)):
+    elif not (is_bias and isinstance(node, NoBias)) and (isinstance(node, Copy) or not isinstance(node, Spare)):
         yield node, tensor

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from headway.config import CausalLM, MaskedLM, ModelConfig, PooledEmbedding
@@ -25,6 +24,7 @@ from headway.families._table import (
     leaves,
     prefixed,
     scatter,
+    spares,
 )
 from headway.nn import Transformer
 from headway.run_config import flatten, put
@@ -46,7 +46,7 @@ class Described(NamedTuple):
 
 # --- configs -----------------------------------------------------------------------------------------------------
 
-MAX_LAYERS, MAX_SIZE = 10_000, 1 << 40
+MAX_LAYERS, MAX_SIZE = 2_000, 1 << 40
 _SIZES = frozenset(
     ["d_model", "n_layers", "n_decoder_layers", "n_heads", "n_kv_heads", "d_head", "vocab_size", "max_len"]
 )
@@ -118,6 +118,10 @@ def read_config(family: Family, raw: Raw, where: str) -> Described:
         back = {key.ours: theirs for theirs, key in family.keys.items()}
         place = " and ".join(back.get(part, part) for part in error.where.split(" and "))
         raise InputError(f"{where} {place}", error.found, error.expected) from None
+    ours = flatten(config.model_dump(mode="json"))
+    for name, value in family.heads[architecture].needs.items():
+        if ours[name] != value:
+            raise InputError(f"{where} {architecture}", f"{name} {ours[name]}", f"{value}, which its head always has")
     ignored = [key for key in CODE_KEYS if key in raw]
     notes = [f"{where}: {', '.join(ignored)} ignored: no code is taken from a file"] if ignored else []
     return Described(config, family, architecture, notes)
@@ -180,7 +184,8 @@ def write_config(
         raise ConfigError("model", f"{family.model_type} cannot express it ({error})", "another family") from None
     said = (raw or {}).get("id2label")
     if isinstance(said, Mapping) and len(said) == getattr(config.head, "labels", None):  # their names, not numbers
-        out |= {key: raw[key] for key in ("id2label", "label2id") if raw and key in raw}
+        numbers = (raw or {}).get("label2id") or {str(name): i for i, name in enumerate(said.values())}
+        out |= {"id2label": said, "label2id": numbers}
     if config.kind == "encoder" and isinstance(config.head, PooledEmbedding):
         # A bare encoder's config is silent on pooling: files beside it say that.
         ignoring = (*ignoring, "head.pooling", "head.normalize", "head.transform")
@@ -198,12 +203,24 @@ _TRAINING = ("init.", "dropout", "attention.dropout", "feed_forward.experts.bala
 
 def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """`field (value against value)` of each field in which two configs compute different functions."""
-    left, right = (flatten(config.model_dump(mode="json")) for config in (one, other))
+    left, right = _by_layer(one), _by_layer(other)
+    names = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
+    # Of two different types the parameters say nothing more.
+    tagged = [name.removesuffix("type") for name in names if name.endswith(".type")]
     return [
         f"{name} ({left.get(name)} against {right.get(name)})"
-        for name in sorted(left.keys() | right.keys())
-        if left.get(name) != right.get(name) and not name.startswith(_TRAINING)
+        for name in names
+        if not name.startswith(_TRAINING) and not any(name.startswith(tag) and name != f"{tag}type" for tag in tagged)
     ]
+
+
+def _by_layer(config: ModelConfig) -> dict[str, Any]:
+    """Every field by its dotted name, patterns of layers written out: they can be said in several ways."""
+    out = flatten(config.model_dump(mode="json"))
+    depth = max(config.n_layers, config.n_decoder_layers)
+    for name in out.keys() & {"attention.pattern", "positions.layers"}:
+        out[name] = [out[name][layer % len(out[name])] for layer in range(depth)]
+    return out
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -246,8 +263,7 @@ def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = N
     Raises ConfigError: the family has no place for a tensor, or one has more bytes than 64 bits can count.
     """
     try:
-        with torch.device("meta"):
-            state = Transformer(config).state_dict(keep_vars=True)
+        state = Transformer.blank(config).state_dict(keep_vars=True)
     except (RuntimeError, TypeError) as error:  # torch's words for such a size
         raise ConfigError("model", f"sizes beyond any memory ({error})"[:200], "those of the weights") from None
     owners: dict[int, list[str]] = {}
@@ -255,7 +271,8 @@ def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = N
         owners.setdefault(id(tensor), []).append(name)
     used = head.prefix if prefix is None else prefix
     table = {name: prefixed(used, node) for name, node in family.weights.items()} | dict(head.weights)
-    rules, spare = [], {}
+    rules: list[Rule] = []
+    spare: dict[str, str] = {}
     for names in owners.values():
         found = [(node, bias) for name in names for node, bias in _lookup(table, name)]
         if not found:
@@ -263,6 +280,7 @@ def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = N
         node, is_bias = found[0]
         rule = Rule(tuple(names), tuple(state[names[0]].shape), node, config, is_bias)
         rules.append(rule)
+        spare |= dict.fromkeys(spares(node, config), next((name for name, _ in rule.leaves()), ""))
         for other, _ in found[1:]:
             for (again, _), (kept, _) in zip(leaves(other, rule.shape, config), rule.leaves(), strict=False):
                 spare[again] = kept

@@ -23,6 +23,7 @@ FAMILY = Family(
             "generator_lm_head",
             "generator_lm_head.bias",
             "electra.",
+            gelu=True,
         ),
         "ElectraModel": Head(BARE),
         # The discriminator's own head is left aside: what people take from it is the encoder.

@@ -24,7 +24,6 @@ FAMILY = Family(
         "hidden_activation": Key("feed_forward.activation", "gelu_pytorch_tanh", ACTIVATIONS),
         "attention_bias": Key("attention.bias", False, also=("attention.output_bias",)),
         "tie_word_embeddings": Key("embeddings.tied", True),
-        "attn_logit_softcapping": Key("attention.softcap"),
         "final_logit_softcapping": Key("head.softcap"),
     },
     special=(
@@ -36,5 +35,6 @@ FAMILY = Family(
     ),
     weights=body(ATTENTION, QK_NORM, GATED, SANDWICH),
     heads={"Gemma3ForCausalLM": heads("Gemma3")["Gemma3ForCausalLM"]},
+    only={"use_bidirectional_attention": False},
     gguf="gemma3",
 )

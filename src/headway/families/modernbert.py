@@ -53,7 +53,8 @@ FAMILY = Family(
     ),
     weights=OUTSIDE | {"encoder.norm": "final_norm"} | layers("encoder.blocks.{i}", "layers.{i}", LAYER),
     heads={
-        "ModernBertForMaskedLM": masked_lm("head.dense", "head.norm", "decoder", "decoder.bias", "model."),
+        "ModernBertForMaskedLM": masked_lm("head.dense", "head.norm", "decoder", "decoder.bias", "model.", gelu=True),
         "ModernBertModel": Head(BARE),
     },
+    only={"classifier_activation": "gelu"},
 )

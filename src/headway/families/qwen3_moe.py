@@ -34,7 +34,7 @@ FAMILY = Family(
         "norm_topk_prob": Key("feed_forward.experts.normalize", False),
         "router_aux_loss_coef": Key("feed_forward.experts.balance", 0.001),
     },
-    special=(rope(10000.0), windows(lambda _, i: True, switch="use_sliding_window"), tokens(), labels()),
+    special=(rope(10000.0), windows(size=4096, switch="use_sliding_window"), tokens(), labels()),
     weights=body(ATTENTION, QK_NORM, EXPERTS, PRE_NORM),
     heads=heads("Qwen3Moe"),
     only={"decoder_sparse_step": 1, "mlp_only_layers": []},

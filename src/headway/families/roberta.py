@@ -10,7 +10,7 @@ def heads(name: str) -> dict[str, Head]:
     classifier = {"head.pool.dense": "classifier.dense", "head.output": "classifier.out_proj"}
     return {
         f"{name}ForMaskedLM": masked_lm(
-            "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "roberta."
+            "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "roberta.", gelu=True
         ),
         f"{name}Model": Head(POOLER, {"head.pool.dense": "pooler.dense"}),
         f"{name}ForSequenceClassification": Head(CLASSES | {"head.transform": "tanh"}, {**classifier}, "roberta."),

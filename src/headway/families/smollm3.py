@@ -1,16 +1,19 @@
 """SmolLM3 (model card HuggingFaceTB/SmolLM3-3B): Llama in which every fourth layer has no positions at all."""
 
 from headway.config import ModelConfig, Rope
+from headway.errors import InputError
 from headway.families._codecs import Raw, labels, rope, shortest, sizes, tokens, windows
 from headway.families._decoder import ATTENTION, GATED, KEYS, LLAMA, PRE_NORM, body, heads
 from headway.families._table import Family, Key, Special
 
 
-def turned(raw: Raw) -> dict[str, object]:
+def turned(raw: Raw) -> list[bool]:
     """Which layers turn their queries and keys: `no_rope_layers` holds a one for each that does."""
-    every, depth = raw.get("no_rope_layer_interval", 4), raw.get("num_hidden_layers", 36)
-    given = raw.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(depth)]
-    return {"positions.layers": shortest([bool(one) for one in given])}
+    every, depth = raw.get("no_rope_layer_interval", 4), raw["num_hidden_layers"]
+    given = raw.get("no_rope_layers") or [(i + 1) % every for i in range(depth)]
+    if len(given) != depth:
+        raise InputError("no_rope_layers", f"{len(given)} layers", f"{depth}, as num_hidden_layers")
+    return [bool(one) for one in given]
 
 
 def turned_keys(config: ModelConfig) -> dict[str, object]:
@@ -41,8 +44,8 @@ FAMILY = Family(
     },
     special=(
         rope(2e6),
-        Special(turned, turned_keys),
-        windows(lambda _, i: True, switch="use_sliding_window"),
+        Special(lambda raw: {"positions.layers": shortest(turned(raw))}, turned_keys),
+        windows(lambda raw, i: not turned(raw)[i], switch="use_sliding_window"),
         tokens(bos=128000, eos=128001, pad=128004),
         labels(),
     ),

@@ -15,7 +15,7 @@ from headway.nn.cache import Cache
 from headway.nn.embeddings import Embeddings
 from headway.nn.feed_forward import MixtureOfExperts
 from headway.nn.heads import IGNORED, LanguageModelHead, make_head, pool
-from headway.nn.init import initialize
+from headway.nn.init import Unfilled, initialize
 from headway.nn.masks import Sight
 from headway.nn.packed import Packed, pack_leaf
 from headway.nn.stack import Stack
@@ -52,14 +52,19 @@ class Transformer(nn.Module):
         initialize(self, config)
 
     @classmethod
+    def blank(cls, config: ModelConfig) -> Transformer:
+        """A model of shapes alone, on the meta device: it takes no memory for weights and draws none."""
+        with torch.device("meta"), Unfilled():
+            return cls(config)
+
+    @classmethod
     def of(cls, config: ModelConfig, weights: Mapping[str, Tensor | Packed]) -> Transformer:
         """A model around these weights as they are: nothing is initialised, copied or cast. In evaluation mode, frozen.
 
         `weights` hold every name of the state dict; a packed one makes its layer a packed one. Raises BugError where a
         name is missing, RuntimeError from torch where shapes do not fit.
         """
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.blank(config)
         for name, weight in weights.items():
             if isinstance(weight, Packed):
                 pack_leaf(model, name, weight)

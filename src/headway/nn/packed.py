@@ -63,7 +63,8 @@ class PackedLinear(_PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        return F.linear(x, self.packed.unpack().to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.packed.unpack().to(x.dtype), bias)
 
 
 class PackedEmbedding(_PackedModule):
