@@ -19,9 +19,9 @@ from torch import Tensor
 from headway import files
 from headway.checkpoints import hub_folder
 from headway.checkpoints.folder import MANIFEST, WEIGHTS, Manifest, list_checkpoints, newest_good, verify
-from headway.checkpoints.gguf import MAGIC
+from headway.checkpoints.gguf import MAGIC, read_gguf
 from headway.checkpoints.gguf_model import GgufModel
-from headway.checkpoints.tensors import read_tensors, tensor_hash
+from headway.checkpoints.tensors import count_nonfinite, read_tensors, tensor_hash
 from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
@@ -358,15 +358,20 @@ def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> L
 
 
 def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
-    found = GgufModel(place, dtype)
+    with read_gguf(place) as file:
+        tokenizer, table = None, file.tensors.get("token_embd.weight")
+        if "tokenizer.ggml.tokens" in file.metadata:
+            # Before the weights: what making it leaves behind is free again by then.
+            tokenizer = from_gguf(file.metadata, str(place), table.shape[0] if table is not None else None)
+            for key in [key for key, value in file.metadata.items() if isinstance(value, list)]:
+                if key.startswith("tokenizer."):
+                    del file.metadata[key]
+        found = GgufModel(file, dtype)
     for name, weight in found.weights.items():
         # Those in blocks are not looked into: that would mean to unpack them.
-        if not allow_nonfinite and isinstance(weight, Tensor) and (bad := int((~weight.isfinite()).sum())):
+        if not allow_nonfinite and isinstance(weight, Tensor) and (bad := count_nonfinite(weight)):
             said = f"tensor {name} holds {bad} values that are NaN or infinite"
             raise InputError(str(place), said, "finite weights", "--allow-nonfinite to load them as they are")
-    tokenizer = None
-    if "tokenizer.ggml.tokens" in found.metadata:
-        tokenizer = from_gguf(found.metadata, str(place), found.config.vocab_size)
     return Loaded(
         Transformer.of(found.config, found.weights),
         tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -39,20 +40,23 @@ class GgufModel:
     `weights`, ours by name, quantized matrices as Packed unless a dtype was asked for; `notes`.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, source: Path | Gguf, dtype: torch.dtype | None = None) -> None:
         self.notes: list[str] = []
-        with read_gguf(path) as file:
+        with contextlib.nullcontext(source) if isinstance(source, Gguf) else read_gguf(source) as file:
+            where = str(file.path)
             self.metadata = file.metadata
             raw = _described(file)
-            self.family = _family(file, raw, str(path))
+            self.family = _family(file, raw, where)
             self.architecture = next(iter(self.family.heads))
             names = dialect(self.family)
-            self.config = read_config(names, raw, str(path)).config
+            self.config = read_config(names, raw, where).config
             wanted = plan(names, names.heads[names.model_type], self.config)
             shapes = {name: torch.empty(shape, device="meta") for name, shape in _shapes(file).items()}
-            check(wanted, names, Tensors(str(path), shapes), str(path))
+            check(wanted, names, Tensors(where, shapes), where)
+            # The largest first: the room that its bytes leave behind is enough for what the others need in passing.
+            rules = sorted(wanted.rules, key=lambda rule: -math.prod(rule.shape))
             self.weights = {
-                name: weight for rule in wanted.rules for weight in [_weight(rule, file, dtype)] for name in rule.names
+                name: weight for rule in rules for weight in [_weight(rule, file, dtype)] for name in rule.names
             }
 
 

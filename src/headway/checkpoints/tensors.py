@@ -255,6 +255,13 @@ def _tensor(buffer: mmap.mmap, entry: Entry, start: int) -> Tensor:
     return torch.frombuffer(source, dtype=dtype, count=count, offset=offset).reshape(entry.shape)
 
 
+def count_nonfinite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite: one pass over their sum, and the count only where that says so."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
+
+
 class TensorFile:
     """A safetensors file opened for reading: the header checked, the data mapped and not yet touched.
 

@@ -1,0 +1,66 @@
+"""From a cold process to SmolLM2's first token, and what memory loading takes, from its GGUF file of 98 MB.
+
+    python benchmarks/cold_start.py [--runs 5]
+
+Time: a new Python that loads the model in float32 and writes one token, against one that imports torch alone. Memory:
+the peak beyond what importing torch takes, over the file's size while blocks stay packed, over the size in float32 when
+they are unpacked. Each process tells its own peak (ru_maxrss). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import options, report
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "real"))
+
+from real_data import smollm2  # noqa: E402
+
+PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+TORCH = f"import torch; {PEAK}"
+FIRST = """
+import torch, headway
+loaded = headway.load({path!r}, dtype={dtype})
+print(headway.generate(loaded, "The capital of France is", max_tokens=1, temperature=0.0)[0].text)
+"""
+LOAD = "import torch, headway; loaded = headway.load({path!r}, dtype={dtype})\n"
+
+
+def timed(code: str) -> tuple[float, list[str]]:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return time.perf_counter() - began, done.stdout.split("\n")
+
+
+def main() -> None:
+    chosen = options(__doc__ or "", runs=5)
+    path = str(smollm2())
+    names = {"torch alone": TORCH, "first token": FIRST.format(path=path, dtype="torch.float32")}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(chosen.runs):  # interleaved
+        for name, code in names.items():
+            times[name].append(timed(code)[0])
+    base = int(timed(TORCH)[1][0])
+    size, parameters = Path(path).stat().st_size, 134_515_008
+    memory = {}
+    for dtype, unit in (("None", size), ("torch.float32", 4 * parameters)):
+        peak = int(timed(LOAD.format(path=path, dtype=dtype) + PEAK)[1][-2])
+        memory[dtype] = round((peak - base) / unit, 3)
+    report(
+        {
+            "seconds": {name: round(statistics.median(values), 2) for name, values in times.items()},
+            "spread": {name: [round(min(values), 2), round(max(values), 2)] for name, values in times.items()},
+            "peak_over_file_packed": memory["None"],
+            "peak_over_float32": memory["torch.float32"],
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
