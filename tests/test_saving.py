@@ -275,6 +275,7 @@ def test_a_family_in_a_manifest_that_nobody_knows_is_none(tmp_path: Path) -> Non
 # --- dtypes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("K17")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("form", ["hf", "headway"])
 def test_casts(tmp_path: Path, form: str, dtype: str) -> None:

@@ -12,6 +12,7 @@ import transformers
 from test_loading import TEXT, error_of, published, theirs, tokenizer
 
 from headway import api
+from headway.cli.main import main
 from headway.evaluation.fill_mask import Guess, fill_mask
 from headway.loading import Loaded, load
 from headway.text import Tokenizer, train_tokenizer
@@ -149,3 +150,19 @@ def test_sixteen_bits_and_training_mode(tmp_path: Path) -> None:
     assert abs(sum(guess.probability for guess in half) - 1) < 1e-5
     other = {guess.token_id: guess.probability for guess in half}
     assert max(abs(guess.probability - other[guess.token_id]) for guess in whole) < 0.02
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`generate --fill-mask K`: a table for people, all of each guess under --json, one line for a mistake."""
+    loaded = model(tmp_path / "m", "BertForMaskedLM")
+    text = "the [MASK] fox [MASK]"
+    words = ["generate", str(tmp_path / "m"), "-p", text, "--fill-mask", "3"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["masks"]
+    expected = [[guess._asdict() for guess in gap] for gap in api.fill_mask(loaded, text, top=3)]
+    assert found == [expected]
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    for more, code in ((["--fill-mask", "0"], 2), (["-p", "no gap", "--fill-mask", "1"], 3)):
+        assert main([*words[:2], *more]) == code
+        assert capsys.readouterr().err.count("error: ") == 1
