@@ -202,6 +202,44 @@ def atomic_write(path: Path, data: Content) -> None:
     sync(target.parent)
 
 
+@contextlib.contextmanager
+def replacing_folder(target: Path, marks: tuple[str, ...]) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `target`: complete or not there at all.
+
+    A link is followed and stays a link. An older folder stays until the new one is complete and goes as a whole, so
+    what is written may come from it (S12); killed between two renames, it stands beside as `.tmp-*`. The files inside
+    are the caller's to sync.
+
+    Args:
+        marks: a folder that holds files is replaced only if one of these names is among them.
+
+    Raises MachineError: no such name; the disk. Whatever the caller raises passes through, the old folder untouched.
+    """
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in marks):
+        missing = f"neither {' nor '.join(marks)}" if len(marks) > 1 else f"no {marks[0]}"
+        raise MachineError(
+            str(target), f"holds files but {missing}", "a folder of a model to overwrite", "another name"
+        )
+    temporary, old = temporary_sibling(target), temporary_sibling(target)
+    try:
+        make_dir(temporary)
+        yield temporary
+        sync(temporary)
+        if target.exists():
+            rename(target, old)
+        rename(temporary, target)
+    except BaseException:
+        with contextlib.suppress(MachineError):
+            if old.exists() and not target.exists():
+                rename(old, target)
+        with contextlib.suppress(MachineError):
+            remove_tree(temporary)
+        raise
+    sync(target.parent)
+    remove_tree(old)
+
+
 def check_writable(folder: Path, need: int = 0) -> None:
     """Prove before long work that `folder` can be written and has `need` bytes free (S4).
 

@@ -21,7 +21,7 @@ from headway.checkpoints import hub_folder
 from headway.checkpoints.folder import MANIFEST, WEIGHTS, Manifest, list_checkpoints, newest_good, verify
 from headway.checkpoints.gguf import MAGIC, read_gguf
 from headway.checkpoints.gguf_model import GgufModel
-from headway.checkpoints.tensors import count_nonfinite, read_tensors, tensor_hash
+from headway.checkpoints.tensors import check_finite, read_tensors, tensor_hash
 from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
@@ -120,14 +120,16 @@ def load(
     return loaded
 
 
-DTYPES = {"stored": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+STORED = "stored"
 
 
 def dtype_of(name: str) -> torch.dtype | None:
     """The dtype of this name, None for `stored`. Raises ConfigError."""
-    if name not in DTYPES:
-        raise ConfigError("dtype", repr(name), ", ".join(DTYPES))
-    return DTYPES[name]
+    if name not in (STORED, *DTYPES):
+        raise ConfigError("dtype", repr(name), ", ".join((STORED, *DTYPES)))
+    return DTYPES.get(name)
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -297,33 +299,37 @@ def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, a
     notes = []
     if pooling is not None and found.config.head != pooling:
         head = found.config.head.type
-        notes.append(f"{place / _POOLING}: {pooling.pooling} pooling is not used, the head of this model is {head}")
+        notes.append(f"{place / POOLING}: {pooling.pooling} pooling is not used, the head of this model is {head}")
     return _published(found, place, notes)
 
 
-_POOLING = Path("1_Pooling") / "config.json"
+POOLING, MODULES, GENERATION = "1_Pooling/config.json", "modules.json", "generation_config.json"
+POOLING_MODES = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 def pooling_beside(place: Path) -> PooledEmbedding | None:
     """What `1_Pooling/config.json` and modules.json say, None without them. Raises InputError for another pooling."""
-    path = place / _POOLING
+    path = place / POOLING
     if not path.is_file():
         return None
     said = hub_folder.read_json(path)
     on = [name for name, value in said.items() if name.startswith("pooling_mode_") and value is True]
-    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
-    if len(on) != 1 or on[0] not in modes:
-        raise InputError(str(path), f"{', '.join(on) or 'no pooling'}", f"one of {', '.join(modes)}")
-    modules = place / "modules.json"
+    if len(on) != 1 or on[0] not in POOLING_MODES:
+        raise InputError(str(path), f"{', '.join(on) or 'no pooling'}", f"one of {', '.join(POOLING_MODES)}")
+    modules = place / MODULES
     steps = strict_json(files.read_bytes(modules, 1 << 20), str(modules)) if modules.is_file() else []
     types = [str(step.get("type")) for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     normalizes = any(name.endswith(".Normalize") for name in types)
-    return PooledEmbedding(pooling=modes[on[0]], normalize=normalizes)  # type: ignore[arg-type]  # one of Pooling
+    return PooledEmbedding(pooling=POOLING_MODES[on[0]], normalize=normalizes)  # type: ignore[arg-type]  # one of Pooling
 
 
 def ends_beside(config: ModelConfig, place: Path) -> ModelConfig:
     """The config with the end tokens that generation_config.json adds (Llama 3 names `<|eot_id|>` there alone)."""
-    path = place / "generation_config.json"
+    path = place / GENERATION
     if config.kind not in ("decoder", "encoder-decoder") or not path.is_file():
         return config
     said = hub_folder.read_json(path).get("eos_token_id")
@@ -369,9 +375,8 @@ def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool)
         found = GgufModel(file, dtype)
     for name, weight in found.weights.items():
         # Those in blocks are not looked into: that would mean to unpack them.
-        if not allow_nonfinite and isinstance(weight, Tensor) and (bad := count_nonfinite(weight)):
-            said = f"tensor {name} holds {bad} values that are NaN or infinite"
-            raise InputError(str(place), said, "finite weights", "--allow-nonfinite to load them as they are")
+        if not allow_nonfinite and isinstance(weight, Tensor):
+            check_finite(weight, name, str(place))
     return Loaded(
         Transformer.of(found.config, found.weights),
         tokenizer,

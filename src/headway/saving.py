@@ -6,9 +6,7 @@ asked for. Published folders keep what came with them: other keys of config.json
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,19 +18,18 @@ from headway.checkpoints.folder import WEIGHTS, save_checkpoint
 from headway.checkpoints.gguf_model import FORMATS, gguf_chunks, gguf_metadata
 from headway.checkpoints.hub_folder import CONFIG, choose_family, folder_files, write_folder
 from headway.config import ModelConfig, PooledEmbedding
-from headway.errors import ConfigError, MachineError
+from headway.errors import ConfigError
 from headway.families import Family, families
 from headway.families._gguf import dialect
 from headway.families._translate import plan, write_config
 from headway.launch import MODEL
-from headway.loading import Loaded
+from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, Loaded
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
 
 FORMS = ("hf", "gguf", "headway")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-GENERATION, PREPROCESSOR = "generation_config.json", "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 MAX_KEPT = 1 << 24
 
 
@@ -155,13 +152,12 @@ def _sentence_transformer(head: PooledEmbedding, config: ModelConfig) -> Iterato
     """What sentence-transformers needs to pool and normalise as this head does."""
     steps = ["Transformer", "Pooling", *(["Normalize"] if head.normalize else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
-    yield "modules.json", _json([
+    yield MODULES, _json([
         {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{step}"}
         for i, step in enumerate(steps)
     ])  # fmt: skip
-    modes = {"mean": "mean_tokens", "first": "cls_token", "last": "lasttoken"}
-    pooling: dict[str, object] = {f"pooling_mode_{mode}": how == head.pooling for how, mode in modes.items()}
-    yield "1_Pooling/config.json", _json({"word_embedding_dimension": config.d_model, **pooling})
+    pooling: dict[str, object] = {mode: how == head.pooling for mode, how in POOLING_MODES.items()}
+    yield POOLING, _json({"word_embedding_dimension": config.d_model, **pooling})
 
 
 def _json(value: object) -> bytes:
@@ -213,32 +209,6 @@ def _stored(weights: Mapping[str, Tensor]) -> str:
     return str(first).removeprefix("torch.")
 
 
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A folder to fill that then takes the target's place: complete or not there at all, as in `write_folder`."""
-    target = Path(os.path.realpath(target))
-    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in (MODEL, CONFIG)):
-        found, expected = f"holds files but neither {MODEL} nor {CONFIG}", "a folder of a model to overwrite"
-        raise MachineError(str(target), found, expected, "another name")
-    temporary, old = files.temporary_sibling(target), files.temporary_sibling(target)
-    try:
-        files.make_dir(temporary)
-        yield temporary
-        files.sync(temporary)
-        if target.exists():
-            files.rename(target, old)
-        files.rename(temporary, target)
-    except BaseException:
-        with contextlib.suppress(MachineError):
-            if old.exists() and not target.exists():
-                files.rename(old, target)
-        with contextlib.suppress(MachineError):
-            files.remove_tree(temporary)
-        raise
-    files.sync(target.parent)
-    files.remove_tree(old)
-
-
 def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype: torch.dtype | None) -> Path:
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # by their place: what is tied is stored once
     for tensor in weights.values():
@@ -251,7 +221,7 @@ def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype:
         "raw": dict(loaded.raw),
         "identity": {"tokenizer": tokenizer.hash if tokenizer is not None else None},
     }
-    with _replacing(place) as folder:
+    with files.replacing_folder(place, (MODEL, CONFIG)) as folder:
         if tokenizer is not None:
             tokenizer.save(folder)
         files.atomic_write(folder / MODEL, loaded.config.to_json().encode() + b"\n")

@@ -37,20 +37,6 @@ from headway.checkpoints.hub_folder import CONFIG, INDEX, WEIGHTS, read_folder, 
 from headway.errors import InputError
 from headway.families import families
 
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("llama")
-    saved(place, **SIZES)
-    return place
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
 # --- F8: nothing of a config runs --------------------------------------------------------------------------------
 
 CODE = {

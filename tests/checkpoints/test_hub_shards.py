@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,20 +35,6 @@ from hub_toys import (
 from headway.checkpoints.hub_folder import CONFIG, INDEX, Checkpoint, read_folder, write_folder
 from headway.config import with_fields
 from headway.nn import Transformer
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("llama")
-    saved(place, **SIZES)
-    return place
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
 
 # --- K12, K13: shards --------------------------------------------------------------------------------------------
 

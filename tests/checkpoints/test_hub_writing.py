@@ -16,30 +16,14 @@ from fault_injection import count_primitives, failing, hooked, killed_at
 from hub_toys import (
     EMBEDDING,
     OUTPUT,
-    SIZES,
     contents,
     same,
-    saved,
     store,
 )
 
 from headway import files
 from headway.checkpoints.hub_folder import CONFIG, INDEX, WEIGHTS, read_folder, write_folder
 from headway.errors import MachineError
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("llama")
-    saved(place, **SIZES)
-    return place
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
-
 
 # --- S1, S12, S13: writing ---------------------------------------------------------------------------------------
 

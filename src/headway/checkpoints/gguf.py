@@ -260,17 +260,19 @@ class Gguf:
             fault = "cut short" if header.size < reached else "followed by bytes that belong to no tensor"
             header.refuse(f"{fault}: {header.size} bytes", f"{reached} bytes by its header")
 
-    def raw(self, name: str, out: Tensor | None = None) -> Tensor:
+    def raw(self, name: str, out: Tensor | None = None, *, part: int | None = None) -> Tensor:
         """A tensor's bytes: uint8 (*shape[:-1], row_bytes), read into fresh memory, or into `out` of that many bytes.
 
-        kernels.ggml.dequantize makes weights of them. Raises InputError if the file was cut since it was opened.
+        kernels.ggml.dequantize makes weights of them. Of a stack (E, ...) `part` is the one matrix to read.
+        Raises InputError if the file was cut since it was opened.
         """
         tensor = self.tensors[name]
-        shape = packed_shape(tensor.kind, tensor.shape)
+        shape = packed_shape(tensor.kind, tensor.shape)[part is not None :]
+        size = math.prod(shape)
         out = torch.empty(shape, dtype=torch.uint8) if out is None else out
-        if out.dtype is not torch.uint8 or out.numel() != tensor.size or not out.is_contiguous():
-            raise BugError("Gguf.raw", f"out is {out.dtype} {tuple(out.shape)}", f"{tensor.size} contiguous bytes")
-        rest, place = out.view(-1).numpy().data, tensor.begin
+        if out.dtype is not torch.uint8 or out.numel() != size or not out.is_contiguous():
+            raise BugError("Gguf.raw", f"out is {out.dtype} {tuple(out.shape)}", f"{size} contiguous bytes")
+        rest, place = out.view(-1).numpy().data, tensor.begin + (part or 0) * size
         while rest:
             try:
                 done = os.preadv(self._file.fileno(), [rest], place)

@@ -114,8 +114,8 @@ def _shapes(file: Gguf) -> dict[str, tuple[int, ...]]:
 def _raw(file: Gguf, name: str) -> tuple[str, Tensor]:
     """Format and bytes of one matrix; `name[e]` is expert e of a stack."""
     whole = _stack(name)
-    raw = file.raw(whole)
-    return file.tensors[whole].kind, raw if whole == name else raw[int(name.partition("[")[2].partition("]")[0])]
+    part = None if whole == name else int(name.partition("[")[2].partition("]")[0])
+    return file.tensors[whole].kind, file.raw(whole, part=part)
 
 
 def _stack(name: str) -> str:

@@ -7,7 +7,6 @@ the mapped file, those that are joined are copied once and their pages given bac
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from headway import files
 from headway.checkpoints.raw import looks_like_pickle
-from headway.checkpoints.tensors import DTYPES, TensorFile, write_tensors
+from headway.checkpoints.tensors import DTYPES, TensorFile, check_finite, count_nonfinite, write_tensors
 from headway.config import ModelConfig, PooledEmbedding, with_fields
-from headway.errors import ConfigError, InputError, MachineError
+from headway.errors import ConfigError, InputError
 from headway.families import Family, families, family_of
 from headway.families._translate import CODE_KEYS, Plan, is_unread, plan, read_config, write_config
 from headway.strict import strict_json
@@ -241,8 +240,9 @@ def translate(
             if tensors.dtype(name) not in _FLOATS:
                 raise InputError(tensors.place(name), f"tensor {name} is {_said(tensors.dtype(name))}", _KNOWN)
         tensor = rule.gather(tensors.__getitem__)
-        if not allow_nonfinite:
-            _check_finite(tensor, names, tensors)
+        if not allow_nonfinite and count_nonfinite(tensor):
+            for name in names:
+                check_finite(tensors[name], name, tensors.place(name))
         if dtype is not None:
             tensor = tensor.to(dtype)
         if len(names) != 1 or tensor.data_ptr() != tensors[names[0]].data_ptr():
@@ -338,17 +338,6 @@ def _usual_names(model_type: str) -> tuple[str, set[str]]:
     head = next(iter(family.heads.values()))
     rules = plan(family, head, small, "").rules
     return head.prefix, {_unnumbered(name) for rule in rules for name, _ in rule.leaves()}
-
-
-def _check_finite(tensor: Tensor, names: list[str], tensors: Tensors) -> None:
-    """One pass over the sum; the count only where that fails (K11)."""
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        return
-    for name in names:
-        bad = int((~torch.isfinite(tensors[name])).sum())
-        if bad:
-            found = f"tensor {name} holds {bad} values that are NaN or infinite"
-            raise InputError(tensors.place(name), found, "finite weights", "--allow-nonfinite to load them as they are")
 
 
 def _said(dtype: torch.dtype) -> str:
@@ -462,37 +451,14 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]
 
 
 def write_folder(target: Path, contents: Iterable[tuple[str, files.Content]], *, overwrite: bool = False) -> None:
-    """A new folder with these files: complete or not there at all. A link is followed and stays a link.
-
-    An older folder stays until the new one is complete and goes as a whole, so weights may come from it (S12); killed
-    between two renames, it stands beside as `.tmp-*`.
+    """A new folder with these files; see `files.replacing_folder`.
 
     Raises MachineError: it exists and is not empty (unless `overwrite`), it is no folder of a model, the disk refuses.
     """
     files.check_target(target, overwrite)
-    target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).exists():
-        raise MachineError(
-            str(target), f"holds files but no {CONFIG}", "a folder of a model to overwrite", "another name"
-        )
-    files.make_dir(target.parent)
-    temporary, old = files.temporary_sibling(target), files.temporary_sibling(target)
-    try:
+    with files.replacing_folder(target, (CONFIG,)) as folder:
         for name, content in contents:
-            files.make_dir((temporary / name).parent)
-            files.write(temporary / name, content)
-            files.sync(temporary / name)
-            files.sync((temporary / name).parent)
-        files.sync(temporary)
-        if target.exists():
-            files.rename(target, old)
-        files.rename(temporary, target)
-    except BaseException:
-        with contextlib.suppress(MachineError):
-            if old.exists() and not target.exists():
-                files.rename(old, target)
-        with contextlib.suppress(MachineError):
-            files.remove_tree(temporary)
-        raise
-    files.sync(target.parent)
-    files.remove_tree(old)
+            files.make_dir((folder / name).parent)
+            files.write(folder / name, content)
+            files.sync(folder / name)
+            files.sync((folder / name).parent)

@@ -262,6 +262,13 @@ def count_nonfinite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    """Refuse NaN and infinity in the tensor `name` of the file `where` (K11). Raises InputError."""
+    if bad := count_nonfinite(tensor):
+        found = f"tensor {name} holds {bad} values that are NaN or infinite"
+        raise InputError(where, found, "finite weights", "--allow-nonfinite to load them as they are")
+
+
 class TensorFile:
     """A safetensors file opened for reading: the header checked, the data mapped and not yet touched.
 

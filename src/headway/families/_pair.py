@@ -33,17 +33,17 @@ FIXED: dict[str, object] = {
 
 
 def keys(activation: str = "gelu", **defaults: int) -> dict[str, Key]:
-    """The keys of BART's config with the defaults of a model of its form."""
-    names = {
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_len",
-        "d_model": "d_model",
-        "encoder_layers": "n_layers",
-        "decoder_layers": "n_decoder_layers",
-        "encoder_attention_heads": "n_heads",
-        "encoder_ffn_dim": "d_ff",
+    """The keys of BART's config, with its defaults where a model of its form has no others."""
+    sizes = {
+        "vocab_size": ("vocab_size", 50265),
+        "max_position_embeddings": ("max_len", 1024),
+        "d_model": ("d_model", 1024),
+        "encoder_layers": ("n_layers", 12),
+        "decoder_layers": ("n_decoder_layers", 12),
+        "encoder_attention_heads": ("n_heads", 16),
+        "encoder_ffn_dim": ("d_ff", 4096),
     }
-    return {theirs: Key(ours, defaults.get(theirs)) for theirs, ours in names.items()} | {
+    return {theirs: Key(ours, defaults.get(theirs, bart)) for theirs, (ours, bart) in sizes.items()} | {
         "activation_function": Key("feed_forward.activation", activation, ACTIVATIONS),
         "dropout": Key("dropout", 0.1),
         "attention_dropout": Key("attention.dropout", 0.0),

@@ -8,27 +8,8 @@ from headway.families._decoder import ATTENTION, GATED, KEYS, LLAMA, SANDWICH, b
 from headway.families._table import Family, Key, Special
 
 GEMMA = LLAMA | {"placement": "sandwich", "norm.offset": 1}
-
-
-def scales(raw: Raw) -> dict[str, object]:
-    """Embeddings times sqrt(D); scores over the root of a number of the config's own."""
-    return {
-        "embeddings.scale": math.sqrt(raw.get("hidden_size", 2304)),
-        "attention.scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
-    }
-
-
-def scale_keys(config: ModelConfig) -> dict[str, object]:
-    """The inverse of `scales`."""
-    scale = config.attention.scale or config.d_head**-0.5
-    return {"query_pre_attn_scalar": round(scale**-2)}
-
-
-FAMILY = Family(
-    model_type="gemma2",
-    source="arXiv:2408.00118; google/gemma-2-2b",
-    fixed=GEMMA,
-    keys={key: value for key, value in KEYS.items() if key != "hidden_act"}
+GEMMA_KEYS = (
+    {key: value for key, value in KEYS.items() if key != "hidden_act"}
     | sizes(
         vocab_size=256000,
         hidden_size=2304,
@@ -43,9 +24,29 @@ FAMILY = Family(
         "hidden_activation": Key("feed_forward.activation", "gelu_pytorch_tanh", ACTIVATIONS),
         "attention_bias": Key("attention.bias", False, also=("attention.output_bias",)),
         "tie_word_embeddings": Key("embeddings.tied", True),
-        "attn_logit_softcapping": Key("attention.softcap", 50.0),
-        "final_logit_softcapping": Key("head.softcap", 30.0),
-    },
+    }
+)
+
+
+def scales(raw: Raw) -> dict[str, object]:
+    """Embeddings times sqrt(D); scores over the root of a number of the config's own."""
+    return {
+        "embeddings.scale": math.sqrt(raw.get("hidden_size", 2304)),
+        "attention.scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
+    }
+
+
+def scale_keys(config: ModelConfig) -> dict[str, object]:
+    """The inverse of `scales`."""
+    return {"query_pre_attn_scalar": round((config.attention.scale or config.d_head**-0.5) ** -2)}
+
+
+FAMILY = Family(
+    model_type="gemma2",
+    source="arXiv:2408.00118; google/gemma-2-2b",
+    fixed=GEMMA,
+    keys=GEMMA_KEYS
+    | {"attn_logit_softcapping": Key("attention.softcap", 50.0), "final_logit_softcapping": Key("head.softcap", 30.0)},
     special=(
         Special(scales, scale_keys),
         rope(10000.0),
