@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fault_injection import in_child
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -147,12 +147,21 @@ def test_quantize_gives_the_bytes_of_the_library(kind: str, monkeypatch: pytest.
             assert torch.equal(quantize(kind, weights[None]), truth[None]), name
 
 
+# Below this the inverse of a scale can overflow float32; the library then casts NaN to a code, which nothing defines.
+TINY = 2.0**-100
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(-60_000, 60_000, width=32, allow_subnormal=False), min_size=32, max_size=32))
+@example([0.0] * 31 + [2.0**-126])
 def test_quantize_any_block(values: list[float]) -> None:
     weights = torch.tensor([values])
+    tiny = bool(weights.any()) and float(weights.abs().max()) < TINY
     for kind in WRITABLE:
-        assert torch.equal(quantize(kind, weights), library_quantize(kind, weights)), kind
+        if tiny and kind.startswith("Q"):
+            assert not dequantize(kind, quantize(kind, weights)).any(), kind
+        else:
+            assert torch.equal(quantize(kind, weights), library_quantize(kind, weights)), kind
 
 
 @pytest.mark.parametrize("kind", WRITABLE)
