@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headway.api import build, embed, fill_mask, generate, load, train, transcribe
+    from headway.api import build, embed, fill_mask, generate, load, transcribe
     from headway.config import ModelConfig
+    from headway.launch import train
     from headway.run_config import RunConfig
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOMES = {
     "fill_mask": "headway.api",
     "generate": "headway.api",
     "load": "headway.api",
-    "train": "headway.api",
+    "train": "headway.launch",
     "transcribe": "headway.api",
 }
 

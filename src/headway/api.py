@@ -1,4 +1,4 @@
-"""The library's front door: build, load, train, generate, embed. Each composes packages that do not know each other.
+"""The library's front door: build, load, generate, embed. Each composes packages that do not know each other.
 
     run = headway.train({"data": {"path": "book.txt"}, "budget": "3m", "output": "runs/book"})
     loaded = headway.load("runs/book")
@@ -6,6 +6,7 @@
 
 A path is a run folder, a Hugging Face folder, a GGUF file or a packaged model's name; see loading.py. A run folder
 holds config.yaml (the resolved run), model.json, tokenizer.json, checkpoints/, metrics.jsonl, loss.svg and loss.png.
+`train` is launch.py's: loading a model does not import what trains one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from headway.config import ModelConfig
 from headway.errors import ConfigError, InputError
-from headway.launch import Launch, OnEvent, RunResult, train
 from headway.loading import Loaded
 from headway.loading import load as _load
 from headway.nn import Transformer
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from headway.generation.decode import OnText
 
 
-__all__ = ["Launch", "Loaded", "OnEvent", "RunResult"]
-__all__ += ["build", "embed", "fill_mask", "generate", "load", "train", "transcribe"]
+__all__ = ["Loaded", "build", "embed", "fill_mask", "generate", "load", "transcribe"]
 
 
 def build(config: ModelConfig | Mapping[str, Any]) -> Transformer:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from headway import files, machine
-from headway.checkpoints.folder import list_checkpoints
+from headway.checkpoints.folder import CONFIG, MODEL, TOKENIZER, list_checkpoints
 from headway.config import ModelConfig
 from headway.cost import parameters, training_flops
 from headway.data import Corpus, PackedBatches, Prepared, ReadOptions, open_corpus, prepare
@@ -31,7 +31,6 @@ from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.objectives import CausalLM, causal_evaluation, token_byte_lengths
 from headway.training.recipe import resolve, time_step
 
-MODEL, CONFIG, TOKENIZER = "model.json", "config.yaml", "tokenizer.json"
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
 
 

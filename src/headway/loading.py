@@ -18,7 +18,17 @@ from torch import Tensor
 
 from headway import files
 from headway.checkpoints import hub_folder
-from headway.checkpoints.folder import MANIFEST, WEIGHTS, Manifest, list_checkpoints, newest_good, verify
+from headway.checkpoints.folder import (
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    list_checkpoints,
+    newest_good,
+    verify,
+)
 from headway.checkpoints.gguf import MAGIC, read_gguf
 from headway.checkpoints.gguf_model import GgufModel
 from headway.checkpoints.tensors import check_finite, read_tensors, tensor_hash
@@ -26,7 +36,6 @@ from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
-from headway.launch import CONFIG, MODEL, TOKENIZER
 from headway.nn import Transformer
 from headway.strict import strict_json
 from headway.text import Tokenizer

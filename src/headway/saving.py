@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headway import files
-from headway.checkpoints.folder import WEIGHTS, save_checkpoint
+from headway.checkpoints.folder import MODEL, WEIGHTS, save_checkpoint
 from headway.checkpoints.gguf_model import FORMATS, gguf_chunks, gguf_metadata
 from headway.checkpoints.hub_folder import CONFIG, choose_family, folder_files, write_folder
 from headway.config import ModelConfig, PooledEmbedding
@@ -22,7 +22,6 @@ from headway.errors import ConfigError
 from headway.families import Family, families
 from headway.families._gguf import dialect
 from headway.families._translate import plan, write_config
-from headway.launch import MODEL
 from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, Loaded
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.text.gguf_vocab import TYPES, to_gguf

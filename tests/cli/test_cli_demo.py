@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from headway.checkpoints.folder import CONFIG
 from headway.cli import demo
-from headway.launch import CONFIG
 
 from conftest import SMALL  # isort: skip
 

@@ -32,6 +32,8 @@ from headway.checkpoints.tensors import shapes, snapshot, tensor_hash, write_ten
 from headway.errors import BugError, InputError, MachineError
 from headway.strict import strict_json
 
+# Beside checkpoints/ in a run folder: the model's config, the resolved run, the tokenizer.
+MODEL, CONFIG, TOKENIZER = "model.json", "config.yaml", "tokenizer.json"
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 LATEST = "latest"

@@ -20,8 +20,9 @@ from headway.errors import ConfigError
 from headway.strict import dump_json
 
 if TYPE_CHECKING:
-    from headway.api import Loaded, RunResult
+    from headway.api import Loaded
     from headway.evaluation import Perplexity
+    from headway.launch import RunResult
 
 PROMPTS = ("The list type", "def read(self", "Return a new")
 # Tables, tests and generated code teach a small model little.
@@ -99,6 +100,7 @@ def run(options: Options) -> None:
     """Make the corpus, train, measure, write, and say what to try next."""
     from headway import api
     from headway.cli.display import Display
+    from headway.launch import Launch, train
     from headway.run_config import load_run
 
     if options.paths:
@@ -114,7 +116,7 @@ def run(options: Options) -> None:
         keys.append(f"budget={options.budget}")
     resolved = load_run((), [*keys, f"output={dump_json(options.output)}"])
     with Display() as display:
-        done = api.train(resolved.run, api.Launch(overwrite=is_own(Path(options.output))), display)
+        done = train(resolved.run, Launch(overwrite=is_own(Path(options.output))), display)
         loaded = api.load(done.folder)
         note("measuring on held-out documents")
         measured = measure(loaded, done)
@@ -168,7 +170,7 @@ def _report(printer: Printer, done: RunResult, measured: Perplexity, texts: list
 
 def is_own(folder: Path) -> bool:
     """Whether what lies there is an earlier demo, which may be replaced: its data is the demo's."""
-    from headway.launch import CONFIG
+    from headway.checkpoints.folder import CONFIG
     from headway.machine import cache_folder
 
     config = folder / CONFIG

@@ -87,8 +87,8 @@ def read_config(options: Options) -> tuple[Resolved, Literal["never", "auto", "m
 
     Raises ConfigError, InputError.
     """
-    from headway.checkpoints.folder import list_checkpoints
-    from headway.launch import CONFIG, default_output
+    from headway.checkpoints.folder import CONFIG, list_checkpoints
+    from headway.launch import default_output
     from headway.run_config import flatten, load_run
 
     configs, folder = _places(options)

@@ -8,7 +8,7 @@ asking the library's decoder what the token adds between two neighbours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tokenizers.decoders import Decoder
 
@@ -25,16 +25,14 @@ class TokenBytes:
     Args:
         spec: the checked tokenizer.json.
         decoder: the library's decoder built from it; None joins tokens with spaces, as the library does.
+        spelling: what the vocabulary calls an id; None for an id without a token.
     """
 
-    def __init__(self, spec: Spec, decoder: Decoder | None) -> None:
-        self._decoder = decoder
+    def __init__(self, spec: Spec, decoder: Decoder | None, spelling: Callable[[int], str | None]) -> None:
+        self._decoder, self._spelling = decoder, spelling
         kinds = [node["type"] for node in spec.nodes("decoder")]
         self.by_table = kinds == ["ByteLevel"] or spec.kind == "char"
         self._bytes_apart = "ByteFallback" in kinds
-        self.content: list[str | None] = [None] * spec.vocab_size
-        for piece, token_id in [*spec.vocab.items(), *((token.content, token.id) for token in spec.added)]:
-            self.content[token_id] = piece
         self._byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         self._raw = spec.kind == "char"
         self._middle: list[bytes | None] = [None] * spec.vocab_size
@@ -62,11 +60,11 @@ class TokenBytes:
 
     def text(self, token_ids: Iterable[int]) -> str:
         """The library's own decoding of the tokens, for decoders that are not byte tables."""
-        known = (self.content[number] for number in token_ids if 0 <= number < len(self.content))
+        known = map(self._spelling, token_ids)
         return self._decode([piece for piece in known if piece is not None])
 
     def _find(self, token_id: int, before: list[str]) -> bytes:
-        piece = self.content[token_id] if token_id < len(self.content) else None
+        piece = self._spelling(token_id)
         if piece is None:
             return b""
         if self._raw:

@@ -54,7 +54,8 @@ class Tokenizer:
     def __init__(self, tree: object, where: str = "tokenizer", config: object = None) -> None:
         spec = read_spec(tree, where, config)
         self._where = where
-        self._json = dump_json(spec.tree)
+        text = dump_json(spec.tree)
+        self._json = text.encode()  # as a str, characters beyond Latin-1 would make every one take two bytes
         self._hash = hashlib.sha256(dump_json(spec.tree, sort_keys=True).encode()).hexdigest()
         self.kind: Kind = spec.kind
         self.vocab_size = spec.vocab_size
@@ -65,9 +66,9 @@ class Tokenizer:
         self.special_ids = frozenset(self._special.values())
         self.chat_template = chat_template(config, where)
         self._normalization = normalization(spec.tree, where)
-        plain = _unreachable(spec, self.unk_id)
+        plain, hidden = _unreachable(spec, self.unk_id)
         with library_errors(where):
-            self._plain = self._library(self._json if plain is spec.tree else dump_json(plain))
+            self._plain = self._library(text if plain is spec.tree else dump_json(plain))
             self._plain.encode_special_tokens = True
             decoder = self._plain.decoder
             self.prefix_ids, self.suffix_ids = _template(spec, where)
@@ -76,7 +77,9 @@ class Tokenizer:
             raise InputError(f"{where} post_processor", found, "ids of tokens")
         fallback = self.kind == "unigram" and spec.model.get("byte_fallback") is True
         self._unknown_bytes = [spec.vocab.get(byte_piece(byte)) for byte in range(256)] if fallback else []
-        self._bytes = TokenBytes(spec, decoder)
+        # The library holds every other spelling; a second list of them would be megabytes.
+        self._spelled = hidden | {token.id: token.content for token in spec.added}
+        self._bytes = TokenBytes(spec, decoder, self.token)
         self._cuts = safe_cuts(spec)
         self._table = _character_table(spec) if self.kind == "char" else None
         for token in spec.added if plain is spec.tree else ():
@@ -124,7 +127,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The tokenizer.json text: equal before and after save and load."""
-        return self._json
+        return self._json.decode()
 
     @property
     def hash(self) -> str:
@@ -221,12 +224,12 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary entry of an id as the file spells it, or None."""
         inside = 0 <= token_id < self.vocab_size
-        return self._bytes.content[token_id] if inside else None
+        return (self._spelled.get(token_id) or self._plain.id_to_token(token_id)) if inside else None
 
     @cached_property
     def _control(self) -> tokenizers.Tokenizer:
         # Built when first asked for: most work encodes user text only, and a vocabulary is megabytes.
-        return self._library(self._json)
+        return self._library(self.to_json())
 
     @cached_property
     def _names(self) -> re.Pattern[str] | None:
@@ -307,8 +310,8 @@ def _character_table(spec: Spec) -> Ids:
     return table
 
 
-def _unreachable(spec: Spec, unk_id: int | None) -> dict[str, object]:
-    """The tree for user text, in which no text can spell a control token.
+def _unreachable(spec: Spec, unk_id: int | None) -> tuple[dict[str, object], dict[int, str]]:
+    """The tree for user text, in which no text can spell a control token, and the spellings it hides, by id.
 
     Switching special tokens off leaves them in the model's own vocabulary, where Unigram, WordPiece and WordLevel
     find them as ordinary entries. There they are renamed to what nobody can type. Returns `spec.tree` itself where
@@ -325,10 +328,10 @@ def _unreachable(spec: Spec, unk_id: int | None) -> dict[str, object]:
         kept = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
         single = any(len(name) == 1 for name in names)
         if len(kept) == len(pairs) and not single and not model.get("ignore_merges"):
-            return spec.tree
+            return spec.tree, {}
         model["merges"] = kept
     if not names:
-        return spec.tree
+        return spec.tree, {}
     vocab = model["vocab"]
     if isinstance(vocab, list):
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
@@ -336,7 +339,8 @@ def _unreachable(spec: Spec, unk_id: int | None) -> dict[str, object]:
         model["vocab"] = {names.get(piece, piece): number for piece, number in spec.vocab.items()}
     entries = cast("list[dict[str, object]]", spec.tree["added_tokens"])
     added = [{**entry, "content": names.get(str(entry["content"]), entry["content"])} for entry in entries]
-    return {**spec.tree, "model": model, "added_tokens": added, "post_processor": None}
+    tree = {**spec.tree, "model": model, "added_tokens": added, "post_processor": None}
+    return tree, {spec.vocab[content]: content for content in names}
 
 
 def _template(spec: Spec, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
