@@ -74,7 +74,7 @@ class Train(Frozen):
     steps: Count | None = None
     batch_size: Positive | None = None
     accumulation: Positive = 1
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon", "lion", "adafactor"] = "muon"
     lr: PositiveReal | None = None
     muon_lr: PositiveReal | None = None
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"

@@ -63,7 +63,7 @@ def straight(tmp_path: Path, optimizer: str, d_model: int = 16) -> tuple[Path, d
 
 
 @pytest.mark.fault("R7")
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "adafactor"])
 def test_every_resume_ends_in_the_bytes_of_the_straight_run(tmp_path: Path, optimizer: str) -> None:
     final, copies = straight(tmp_path, optimizer)
     expected = checkpoint_bytes(final)

@@ -1,4 +1,6 @@
-"""AdamW for vectors and tables, Muon for matrices: what moves the weights.
+"""What moves the weights: Muon for matrices beside AdamW for the rest, or AdamW, Lion or Adafactor for all.
+
+    kept per weight     adamw 2     muon 1     lion 1     adafactor: one row and one column of a matrix
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the nearest
 orthogonal matrix, so that every direction of the update has the same length. Embeddings, heads, norms and biases are
@@ -8,9 +10,9 @@ touches norms and biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,8 @@ class Muon:
             sqrt(max(1, rows / cols)) of its shape. momentum: of the Nesterov average. weight_decay: decoupled.
     """
 
+    name = "muon"
+
     def __init__(
         self,
         pieces: Sequence[tuple[nn.Parameter, tuple[int, ...]]],
@@ -84,7 +88,7 @@ class Muon:
         weight_decay: float = 0.0,
     ) -> None:
         self.lr, self.beta, self.weight_decay = lr, momentum, weight_decay
-        self.pieces = list(pieces)
+        self.pieces, self.parameters = list(pieces), [parameter for parameter, _ in pieces]
         shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for index, (parameter, rows) in enumerate(self.pieces):
             for part, count in enumerate(rows):
@@ -122,24 +126,195 @@ class Muon:
             group.momentum.copy_(saved)
 
 
+class Method(Protocol):
+    """One way of moving parameters; it owns those it is given and no others."""
+
+    name: str
+    parameters: list[nn.Parameter]
+
+    def step(self, scale: float) -> None:
+        """Update its parameters at `scale` times the peak rate."""
+
+    def state(self) -> Any:
+        """Everything that the next step depends on: nested lists of tensors and numbers, no objects."""
+
+    def load_state(self, state: Any) -> None:
+        """Restore what `state` returned, bit for bit."""
+
+
+class AdamW:
+    """Moments of the gradient and of its square, weight decay decoupled (arXiv:1711.05101), fused by torch.
+
+    Args:
+        parameters: what it moves. lr: peak rate. betas: of the two moments. eps: added to the root of the second.
+        weight_decay: of the parameters with two dimensions or more.
+    """
+
+    name = "adamw"
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.lr, self.parameters = lr, list(parameters)
+        decayed, kept = _decayed(parameters), [p for p in parameters if p.ndim < 2]
+        groups = [{"params": list(decayed), "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        used = [group for group in groups if group["params"]]
+        self.inner = torch.optim.AdamW(used, lr=lr, betas=betas, eps=eps, fused=True)
+
+    def step(self, scale: float) -> None:
+        """One update at `scale` times the peak rate; a parameter without a gradient stays."""
+        for group in self.inner.param_groups:
+            group["lr"] = self.lr * scale
+        self.inner.step()
+
+    def state(self) -> list[dict[str, Any]]:
+        """For each parameter its moments and the number of its updates, by name; empty before the first."""
+        return [dict(sorted(self.inner.state[p].items())) for p in self.parameters]
+
+    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Restore what `state` returned, bit for bit."""
+        for parameter, moments in zip(self.parameters, state, strict=True):
+            self.inner.state[parameter] = {name: _own(value) for name, value in moments.items()}
+
+
+class Lion:
+    """The sign of an interpolated momentum (arXiv:2302.06675, algorithm 2): every weight moves by the rate.
+
+        u = sign(b1 m + (1 - b1) g);   w -= rate (u + decay w);   m = b2 m + (1 - b2) g
+
+    One number per weight is kept, AdamW keeps two. The paper's rates are 3 to 10 times lower than AdamW's, its decay
+    higher by as much.
+
+    Args:
+        parameters: what it moves. lr: peak rate. betas: of the move and of the momentum, 0.9 and 0.99 in the paper.
+        weight_decay: of the parameters with two dimensions or more.
+    """
+
+    name = "lion"
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
+    ) -> None:
+        self.parameters, self.lr, self.betas, self.weight_decay = list(parameters), lr, betas, weight_decay
+        self.momenta = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, scale: float) -> None:
+        """One update at `scale` times the peak rate; a missing gradient counts as zero."""
+        rate, (fast, slow) = self.lr * scale, self.betas
+        gradients = [_gradient(p) for p in self.parameters]
+        moves = torch._foreach_lerp(self.momenta, gradients, 1 - fast)
+        torch._foreach_sign_(moves)
+        _decay(self.parameters, rate * self.weight_decay)
+        torch._foreach_add_(tuple(self.parameters), moves, alpha=-rate)
+        torch._foreach_lerp_(self.momenta, gradients, 1 - slow)
+
+    def state(self) -> list[Tensor]:
+        """The momentum of each parameter."""
+        return self.momenta
+
+    def load_state(self, state: Iterable[Tensor]) -> None:
+        """Restore what `state` returned, bit for bit."""
+        for momentum, saved in zip(self.momenta, state, strict=True):
+            momentum.copy_(saved)
+
+
+class Adafactor:
+    """The second moment of a matrix from its row and column means alone (arXiv:1804.04235, algorithm 4).
+
+        b = 1 - t^-0.8;   R, C = the means of b-averaged g^2 + 1e-30 over columns, over rows;   V = R C / mean(R)
+        u = g / sqrt(V);   u /= max(1, rms(u));   w -= rate (u + decay w)
+
+    R + C numbers are kept for a matrix of R x C. The rate is the schedule's: neither relative to the step nor to the
+    weights' size, and there is no momentum (section 9's other options are left out). Convolutions count as the
+    matrix of their output channels; vectors keep their whole second moment.
+
+    Args:
+        parameters: what it moves. lr: peak rate. weight_decay: of the parameters with two dimensions or more.
+    """
+
+    name = "adafactor"
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        self.parameters, self.lr, self.weight_decay, self.updates = list(parameters), lr, weight_decay, 0
+        self.moments: list[list[Tensor]] = []
+        for p in self.parameters:
+            shape = (len(p), p[0].numel()) if p.ndim >= 2 else (p.numel(),)
+            self.moments.append([p.new_zeros(size, requires_grad=False) for size in shape])
+
+    @torch.no_grad()
+    def step(self, scale: float) -> None:
+        """One update at `scale` times the peak rate; a missing gradient counts as zero."""
+        self.updates += 1
+        share, rate = self.updates**-0.8, self.lr * scale
+        _decay(self.parameters, rate * self.weight_decay)
+        for parameter, moments in zip(self.parameters, self.moments, strict=True):
+            g = _gradient(parameter)
+            g = g.flatten(1) if g.ndim >= 2 else g.flatten()
+            square = g * g + 1e-30
+            if len(moments) == 2:
+                rows, columns = moments
+                rows.lerp_(square.mean(1), share)
+                columns.lerp_(square.mean(0), share)
+                # Two roots, not the root of a product: tiny gradients would underflow.
+                move = g * (rows / rows.mean()).rsqrt()[:, None] * columns.rsqrt()
+            else:
+                move = g * moments[0].lerp_(square, share).rsqrt()
+            move /= (move.norm() / move.numel() ** 0.5).clamp(min=1.0)
+            parameter.sub_(move.view_as(parameter), alpha=rate)
+
+    def state(self) -> dict[str, Any]:
+        """The number of updates, and for each parameter the means of its rows and columns, or its second moment."""
+        return {"updates": self.updates, "moments": self.moments}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned, bit for bit."""
+        self.updates = state["updates"]
+        for own, saved in zip(self.moments, state["moments"], strict=True):
+            for moment, value in zip(own, saved, strict=True):
+                moment.copy_(value)
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _decayed(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+    """Those that weight decay touches: matrices and tables, neither norms nor biases."""
+    return tuple(p for p in parameters if p.ndim >= 2)
+
+
+def _decay(parameters: Iterable[nn.Parameter], share: float) -> None:
+    """Take away a share of the weights, which is what decoupled decay is."""
+    decayed = _decayed(parameters)
+    if share and decayed:
+        torch._foreach_mul_(decayed, 1 - share)
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class Optimizer:
     """All parameters of a model, each with the method that suits it; peak rates are fixed, a schedule scales them."""
 
-    def __init__(self, adamw: torch.optim.AdamW, muon: Muon | None, parameters: list[nn.Parameter]) -> None:
-        self.adamw, self.muon, self.parameters = adamw, muon, parameters
-        self.peaks = [float(group["lr"]) for group in adamw.param_groups]
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = list(methods)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter, method by method."""
+        return [parameter for method in self.methods for parameter in method.parameters]
 
     def step(self, scale: float) -> None:
         """Update every parameter at `scale` times its peak rate."""
-        for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * scale
-        self.adamw.step()
-        if self.muon is not None:
-            self.muon.step(scale)
+        for method in self.methods:
+            method.step(scale)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -147,23 +322,13 @@ class Optimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on: nested lists of tensors and numbers, no objects."""
-        moments = [
-            dict(sorted(self.adamw.state[p].items())) for group in self.adamw.param_groups for p in group["params"]
-        ]
-        return {"adamw": moments, "muon": [] if self.muon is None else self.muon.state()}
+        """Everything that the next step depends on, by method: nested lists of tensors and numbers, no objects."""
+        return {method.name: method.state() for method in self.methods}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned, bit for bit."""
-        owners = [p for group in self.adamw.param_groups for p in group["params"]]
-        for parameter, moments in zip(owners, state["adamw"], strict=True):
-            self.adamw.state[parameter] = {name: _own(value) for name, value in moments.items()}
-        if self.muon is not None:
-            self.muon.load_state(state["muon"])
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+        for method in self.methods:
+            method.load_state(state[method.name])
 
 
 def matrix_parts(model: nn.Module, config: ModelConfig) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
@@ -181,30 +346,23 @@ def matrix_parts(model: nn.Module, config: ModelConfig) -> list[tuple[nn.Paramet
 
 
 def make_optimizer(model: nn.Module, config: ModelConfig, train: Train) -> Optimizer:
-    """The optimizer that `train` asks for, with every trainable parameter in exactly one group.
+    """The optimizer that `train` asks for, with every trainable parameter in exactly one method.
 
     `train.lr` and, with muon, `train.muon_lr` must be set (the recipe does).
     """
     assert train.lr is not None
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    muon = None
-    matrices: set[int] = set()
+    rest = [p for p in model.parameters() if p.requires_grad]
+    betas, decay = (train.beta1, train.beta2), train.weight_decay
+    if train.optimizer == "lion":
+        return Optimizer([Lion(rest, train.lr, betas, decay)])
+    if train.optimizer == "adafactor":
+        return Optimizer([Adafactor(rest, train.lr, decay)])
+    methods: list[Method] = []
     if train.optimizer == "muon":
         assert train.muon_lr is not None
         pieces = [(p, rows) for p, rows in matrix_parts(model, config) if p.requires_grad]
         matrices = {id(p) for p, _ in pieces}
-        muon = Muon(pieces, train.muon_lr, weight_decay=train.weight_decay) if pieces else None
-    rest = [p for p in parameters if id(p) not in matrices]
-    decayed, kept = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        eps=train.eps,
-        fused=True,
-    )
-    return Optimizer(adamw, muon, parameters)
+        rest = [p for p in rest if id(p) not in matrices]
+        methods += [Muon(pieces, train.muon_lr, weight_decay=decay)] if pieces else []
+    methods += [AdamW(rest, train.lr, betas, train.eps, decay)] if rest else []
+    return Optimizer(methods)
