@@ -77,7 +77,7 @@ class Train(Frozen):
     optimizer: Literal["adamw", "muon", "lion", "adafactor"] = "muon"
     lr: PositiveReal | None = None
     muon_lr: PositiveReal | None = None
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"] = "linear"
     warmup: Count | None = None
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -48,3 +48,15 @@ def test_every_schedule_ends_where_it_should_and_never_rises_after_warmup() -> N
         assert all(a >= b for a, b in itertools.pairwise(got[6:]))
         assert got[50] == pytest.approx(1.0 if name == "constant" else 0.05)
         assert all(value > 0 for value in got[:50])
+
+
+@pytest.mark.parametrize("warmup,final", [(4000, 0.0), (7, 0.0), (7, 0.1), (0, 0.0)])
+def test_inverse_sqrt_is_the_transformers_formula(warmup: int, final: float) -> None:
+    """arXiv:1706.03762, equation 3, over its peak, which is at step `warmup`: min(n^-1/2, n warmup^-3/2) warmup^1/2."""
+    peak = max(warmup, 1)
+    for update in (1, 2, 6, 7, 8, 100, 3999, 4000, 4001, 10**6):
+        expected = min(update**-0.5, update * peak**-1.5) * peak**0.5
+        if update > warmup:
+            expected = final + (1 - final) * expected
+        got = scale(update - 1, Train(steps=5000, warmup=warmup, schedule="inverse-sqrt", final_lr=final))
+        assert got == pytest.approx(expected, rel=1e-14), update
