@@ -3,18 +3,24 @@
 Labels: ids (B, T) for language modelling and token classification, class indices or (B, labels) for classification,
 (B, 2) start and end for spans, group numbers (B,) for embeddings (equal number: a positive pair). -100 is ignored;
 when every label is ignored the loss is zero with zero gradients, never NaN.
+
+The logits of a vocabulary are the largest thing in a training step: V numbers per position where a block keeps some
+tens of D. `loss_of` therefore goes from hidden states to the loss without holding more than a piece of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from headway import config as cfg
+from headway.errors import BugError
+from headway.kernels.training import Context, apply
 from headway.nn.attention import Attention
 from headway.nn.feed_forward import ACTIVATIONS, FeedForward
 from headway.nn.masks import Mask
@@ -22,25 +28,157 @@ from headway.nn.norms import make_norm
 from headway.nn.precision import wide
 
 IGNORED = -100
+Wanted = tuple[bool, ...]  # whether gradients by states, weight and bias are asked for
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+# Of the logits that loss_of makes at a time: large enough for a product to run at full speed, and 256 rows of 32,768.
+LOGIT_BYTES = 1 << 25
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
     """Mean negative log-likelihood over labels that are not -100; zero when there are none.
 
-    (..., V) float, (...) int64 -> scalar. Computed in float32 or wider.
+    (..., V) float, (...) int64 -> scalar. Computed in float32 or wider. `smoothing` shares out so much of the target
+    over all classes (arXiv:1512.00567); `z_loss` is the weight of log^2 Z, Z the sum of the exponentials, which keeps
+    logits from drifting (arXiv:2204.02311, section 5).
     """
     flat = wide(logits.flatten(0, -2))
+    known = labels.flatten() != IGNORED
     total = F.cross_entropy(flat, labels.flatten(), reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    if z_loss:
+        total = total + z_loss * flat.logsumexp(-1).square().masked_fill(~known, 0.0).sum()
+    return total / known.sum().clamp(min=1)
+
+
+class Entropy(NamedTuple):
+    """What a loss over a vocabulary does besides: see `cross_entropy`; a softcap c makes logits c tanh(x / c)."""
+
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+
+def linear_cross_entropy(
+    states_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor, how: Entropy | None = None
+) -> Tensor:
+    """`cross_entropy` of the logits `states weight^T + bias`, of which LOGIT_BYTES are in memory at a time.
+
+    (M, D), (V, D), (V,) or None, (M,) int64, none of them ignored -> scalar. Where gradients are wanted, those of
+    each piece are computed at once and summed, so that no logits are kept for the backward pass; what is kept is the
+    size of states, weight and bias. Products run in autocast's precision, sums in float32 or wider. One backward
+    pass; its gradient cannot be differentiated again.
+    """
+    inputs = (states_MD, weight_VD, bias_V)
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    if not any(wanted):
+        total, _ = _in_pieces(states_MD, weight_VD, bias_V, labels_M, how or Entropy(), wanted)
+        return total / max(len(labels_M), 1)
+    loss: Tensor = apply(_LinearCrossEntropy, *inputs, labels_M, how or Entropy(), wanted)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass and scaled by the incoming one in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Context, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: Entropy, wanted: Wanted
+    ) -> Tensor:
+        total, ctx.gradients = _in_pieces(states, weight, bias, labels, how, wanted)
+        count = max(len(labels), 1)
+        ctx.count, ctx.dtypes = count, [None if x is None else x.dtype for x in (states, weight, bias)]
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, slope: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise BugError("loss", "a second backward pass", "one: its gradients are given away, not kept")
+        gradients, ctx.gradients = ctx.gradients, None
+        share = slope / ctx.count
+        out = (None if g is None else g.mul_(share).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True))
+        return (*out, None, None, None)
+
+
+def _in_pieces(
+    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: Entropy, wanted: Wanted
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The summed loss, and its gradients by states, weight and bias where wanted."""
+    device = states.device.type
+    lowers = torch.is_autocast_enabled(device) and states.dtype is not torch.float64
+    dtype = torch.get_autocast_dtype(device) if lowers else states.dtype
+    # The loss scale that keeps float16's gradients above its smallest number is not known yet.
+    slope_dtype = torch.float32 if dtype is torch.float16 else dtype
+    total_dtype = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(device, enabled=False):
+        x, w, b = states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        back_x, back_w = (x, w) if slope_dtype is dtype else (states.to(slope_dtype), weight.to(slope_dtype))
+        d_states = torch.empty_like(back_x) if wanted[0] else None
+        d_weight = torch.zeros_like(w, dtype=total_dtype) if wanted[1] else None
+        d_bias = torch.zeros_like(w[:, 0], dtype=total_dtype) if wanted[2] else None
+        total = torch.zeros((), dtype=total_dtype, device=states.device)
+        rows = max(LOGIT_BYTES // (len(weight) * total.element_size()), 1)
+        for begin in range(0, len(labels), rows):
+            piece = slice(begin, begin + rows)
+            loss, slope = _loss_and_slope(wide(F.linear(x[piece], w, b)), labels[piece], how, any(wanted))
+            total += loss
+            if slope is None:
+                continue
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(slope_dtype)
+            if d_states is not None:
+                torch.mm(slope, back_w, out=d_states[piece])
+            if d_weight is not None and slope_dtype is total_dtype:
+                d_weight.addmm_(slope.T, back_x[piece])
+            elif d_weight is not None:
+                d_weight += slope.T @ back_x[piece]
+    return total, (d_states, d_weight, d_bias)
+
+
+def _loss_and_slope(logits: Tensor, labels: Tensor, how: Entropy, sloped: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of some rows and its gradient by their logits: softmax, less the target, and log^2 Z's.
+
+    log Z gives (1 + 2 z log Z) softmax; the smoothed target is 1 - s at the label and s / V everywhere.
+    """
+    capped = logits if how.softcap is None else how.softcap * torch.tanh(logits / how.softcap)
+    log_p, chosen = torch.log_softmax(capped, -1), labels[:, None]
+    loss = -(1 - how.smoothing) * log_p.gather(1, chosen).sum()
+    if how.smoothing:
+        loss = loss - how.smoothing * log_p.mean(-1).sum()
+    log_z = torch.logsumexp(capped, -1) if how.z_loss else None
+    if log_z is not None:
+        loss = loss + how.z_loss * log_z.square().sum()
+    if not sloped:
+        return loss, None
+    slope = log_p.exp_()
+    if log_z is not None:
+        slope *= (1 + 2 * how.z_loss * log_z)[:, None]
+    if how.smoothing:
+        slope -= how.smoothing / logits.shape[-1]
+    slope.scatter_add_(1, chosen, torch.full_like(chosen, -(1 - how.smoothing), dtype=slope.dtype))
+    if how.softcap is not None:
+        slope *= 1 - (capped / how.softcap).square()
+    return loss, slope
 
 
 class Head(nn.Module):
-    """What every head has. `smoothing` of its labels (arXiv:1512.00567) acts in training only, like dropout."""
+    """What every head has. `smoothing` of its labels and `z_loss` act in training only, like dropout."""
 
-    smoothing = 0.0
+    smoothing, z_loss = 0.0, 0.0
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, self.smoothing if self.training else 0.0)
+    @property
+    def entropy(self) -> Entropy:
+        """What its cross-entropy does at the moment besides."""
+        return Entropy(self.smoothing, self.z_loss) if self.training else Entropy()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy; labels already stand where they are predicted (the data shifts them, not the model)."""
+        return cross_entropy(logits, labels, self.entropy.smoothing, self.entropy.z_loss)
+
+    def loss_of(self, hidden_BTD: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
+        """The loss of the answer to these states, for those who do not need the answer itself."""
+        return self.loss(self(hidden_BTD, real), labels)
 
 
 def pool(hidden_BTD: Tensor, real: Tensor | None, how: Literal["first", "last", "mean"]) -> Tensor:
@@ -120,16 +258,30 @@ class LanguageModelHead(Head):
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, V)."""
-        if self.has_transform:
-            hidden_BTD = self.transform_norm(self.activation(self.dense(hidden_BTD)))
-        if self.scale != 1.0:
-            hidden_BTD = hidden_BTD * self.scale
-        logits: Tensor = self.output(self.project(hidden_BTD))
+        logits: Tensor = self.output(self._read(hidden_BTD))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; labels already stand where they are predicted (the data shifts them, not the model)."""
-        return self._cross_entropy(logits, labels)
+    def loss_of(self, hidden_BTD: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
+        """The same as `loss(head(hidden), labels)` up to the order of sums; positions without a label cost nothing.
+
+        The logits are never all in memory, see linear_cross_entropy; unless another layer than a plain linear one,
+        packed or adapted, makes them.
+        """
+        states, targets = hidden_BTD.flatten(0, -2), labels.flatten()
+        known = (targets != IGNORED).nonzero()[:, 0]
+        if len(known) < len(targets):
+            states, targets = states[known], targets[known]
+        if type(self.output) is not nn.Linear:
+            return self.loss(self(states, None), targets)
+        how = self.entropy._replace(softcap=self.softcap)
+        return linear_cross_entropy(self._read(states), self.output.weight, self.output.bias, targets, how)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """What the output layer multiplies. (..., D) -> (..., width of the table)."""
+        if self.has_transform:
+            hidden = self.transform_norm(self.activation(self.dense(hidden)))
+        out: Tensor = self.project(hidden * self.scale if self.scale != 1.0 else hidden)
+        return out
 
 
 class ClassificationHead(Head):
@@ -155,7 +307,7 @@ class ClassificationHead(Head):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy, binary cross-entropy (multi) or mean squared error (regression)."""
         if self.problem == "single":
-            return self._cross_entropy(logits, labels)
+            return super().loss(logits, labels)
         logits = wide(logits)
         known, targets = (labels != IGNORED).view_as(logits), labels.to(logits.dtype).view_as(logits)
         loss = F.binary_cross_entropy_with_logits if self.problem == "multi" else F.mse_loss

@@ -30,6 +30,14 @@ class Output(NamedTuple):
     encoder_hidden: Tensor | None = None
 
 
+class States(NamedTuple):
+    """hidden: (B, T, D). real: (B, T) bool, None where nothing is padding. encoded: (B, S, D) or None."""
+
+    hidden: Tensor
+    real: Tensor | None
+    encoded: Tensor | None = None
+
+
 class Transformer(nn.Module):
     """A model of any kind, initialised by `config.init`.
 
@@ -109,13 +117,54 @@ class Transformer(nn.Module):
             labels: see heads.py. For language models they already stand where they are predicted.
             cache: from `new_cache`; remembers what it has seen.
         """
-        inputs = next((x for x in (pixel_values, input_features) if x is not None), input_ids)
+        hidden, real, encoded = self._states(
+            input_ids,
+            attention_mask,
+            documents,
+            token_types,
+            decoder_input_ids,
+            decoder_attention_mask,
+            pixel_values if pixel_values is not None else input_features,
+            labels,
+            cache,
+        )
+        is_last_only = cache is not None and cache.last_only and hidden.shape[1] > 1
+        logits = self.head(pool(hidden, real, "last")[:, None], None) if is_last_only else self.head(hidden, real)
+        loss = None if labels is None else self._balanced(self.head.loss(logits, labels))
+        return Output(loss, logits, hidden, encoded)
+
+    def loss(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """The loss alone: `forward(labels=labels, **inputs).loss` up to the order of sums, for less memory and work.
+
+        A head over a vocabulary never holds the logits of the whole batch then, and positions whose label is -100 do
+        not reach it (heads.LanguageModelHead.loss_of). Hooks on the whole model are not called.
+
+        Args:
+            labels: see heads.py. inputs: those of `forward`, by name.
+        """
+        signals = [inputs.pop(name) for name in ("pixel_values", "input_features") if name in inputs]
+        hidden, real, _ = self._states(**inputs, signal=signals[0] if signals else None, labels=labels, cache=None)
+        return self._balanced(self.head.loss_of(hidden, real, labels))
+
+    def _states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        token_types: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        signal: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> States:
+        """What the head reads; `signal` is the image or the sound."""
+        inputs = signal if signal is not None else input_ids
         real = None if attention_mask is None else attention_mask.bool()
         if not self.is_pair:
             stack = self.decoder if self.decoder is not None else self.encoder
             assert stack is not None
-            hidden = self._run(stack, self._check(inputs), real, documents, token_types, cache)
-            return self._answer(hidden, real, labels, None, cache)
+            return States(self._run(stack, self._check(inputs), real, documents, token_types, cache), real)
         assert self.encoder is not None and self.decoder is not None
         encoded, encoder_real = self._encode(inputs, real, documents, cache)
         if decoder_input_ids is None:
@@ -123,7 +172,7 @@ class Transformer(nn.Module):
         decoder_real = None if decoder_attention_mask is None else decoder_attention_mask.bool()
         ids = self._check(decoder_input_ids)
         hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, encoded, encoder_real)
-        return self._answer(hidden, decoder_real, labels, encoded, cache)
+        return States(hidden, decoder_real, encoded)
 
     def new_cache(self, batch: int, max_len: int, lengths: Tensor | None = None) -> Cache:
         """Empty memory for `batch` sequences of up to `max_len` tokens through the decoder.
@@ -200,19 +249,10 @@ class Transformer(nn.Module):
             cache.encoder_hidden, cache.encoder_real = encoded, real
         return encoded, real
 
-    def _answer(
-        self,
-        hidden: Tensor,
-        real: Tensor | None,
-        labels: Tensor | None,
-        encoded: Tensor | None,
-        cache: Cache | None,
-    ) -> Output:
-        is_last_only = cache is not None and cache.last_only and hidden.shape[1] > 1
-        logits = self.head(pool(hidden, real, "last")[:, None], None) if is_last_only else self.head(hidden, real)
-        loss = None if labels is None else self.head.loss(logits, labels)
-        balance = self.balance_loss() if loss is not None and self.training else None
-        return Output(loss if balance is None or loss is None else loss + balance, logits, hidden, encoded)
+    def _balanced(self, loss: Tensor) -> Tensor:
+        """In training the experts' balance counts too."""
+        balance = self.balance_loss() if self.training else None
+        return loss if balance is None else loss + balance
 
     def _shift(self, labels: Tensor | None) -> Tensor:
         """Teacher forcing: the decoder reads its start token and then the labels up to the one before."""
