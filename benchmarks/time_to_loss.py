@@ -21,7 +21,7 @@ from torch import Tensor
 from headway.nn import Transformer
 from headway.run_config import RunConfig
 from headway.training.optimizers import make_optimizer
-from headway.training.recipe import resolve
+from headway.training.recipe import Facts, resolve
 from headway.training.schedules import scale
 
 SLICE = 20
@@ -43,7 +43,7 @@ class Ours:
     ) -> None:
         numbers = {"steps": steps, "batch_size": batch, "seed": seed, "dtype": "float32", **(train or {})}
         run = RunConfig(model={**MODEL, **(model or {})}, data={"context": SMALL.context}, train=numbers)
-        config, run = resolve(run, SMALL.vocab, len(data), None)
+        config, run = resolve(run, Facts(len(data), {"vocab_size": SMALL.vocab}), None)
         torch.manual_seed(seed)
         self.train, self.model = run.train, Transformer(config)
         self.updater = make_optimizer(self.model, config, run.train)

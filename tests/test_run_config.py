@@ -36,9 +36,28 @@ KEYS: dict[str, tuple[str, list[tuple[str, object]]]] = {
         "HEADWAY__TOKENIZER__SPECIAL_TOKENS",
         [("[<a>, <b>]", ("<a>", "<b>")), ("[<c>]", ("<c>",)), ("[]", ())],
     ),
-    "objective": ("HEADWAY__OBJECTIVE", [("causal-lm", "causal-lm")] * 3),
+    "base": ("HEADWAY__BASE", [("a", "a"), ("b", "b"), ("c", "c")]),
 }
 DEFAULTS = flatten(RunConfig().model_dump())
+
+
+def test_an_objective_is_a_name_or_a_name_with_numbers(tmp_path: Path):
+    path = file(tmp_path, "objective: masked-lm\n")
+    for keys, rate in (([], 0.15), (["objective.rate=0.3"], 0.3)):
+        objective = load_run([path], keys, {}).run.objective
+        assert objective is not None and (objective.type, objective.rate) == ("masked-lm", rate)
+    assert load_run([path], ["objective=seq2seq"], {}).run.objective.type == "seq2seq"
+    with pytest.raises(ConfigError, match="objective"):
+        load_run([path], ["objective=masked"], {})
+    with pytest.raises(ConfigError, match="objective"):
+        load_run([path], ["objective.mean_span=2"], {})  # span-corruption's
+
+
+def test_when_to_stop_is_said_once():
+    with pytest.raises(ConfigError, match="budget and train.epochs"):
+        RunConfig(budget="3m", train={"epochs": 2.0})
+    with pytest.raises(ConfigError, match="base and model"):
+        RunConfig(base="runs/a", model={"d_model": 64})
 
 
 @pytest.mark.fault("F10")

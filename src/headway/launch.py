@@ -1,13 +1,11 @@
-"""From a run config to a trained model: corpus -> tokenizer -> tokens -> recipe -> model -> loop.
+"""From a run config to a trained model: material -> recipe -> model -> loop.
 
-Everything that can be wrong is looked at before anything long begins: the folder and its lock, the corpus, the
-tokenizer, the sizes, the config. Tokens are kept by content hash under machine.cache_folder()/data, so another run on
-the same text begins at once. `resume` starts from the run folder's own config.yaml.
+Everything that can be wrong is looked at before anything long begins: the folder and its lock, the data (prepare.py),
+the sizes, the config. `resume` starts from the run folder's own config.yaml.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +18,15 @@ from headway import files, machine
 from headway.checkpoints.folder import CONFIG, MODEL, TOKENIZER, list_checkpoints
 from headway.config import ModelConfig
 from headway.cost import parameters, training_flops
-from headway.data import Corpus, PackedBatches, Prepared, ReadOptions, open_corpus, prepare
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError
 from headway.nn import Transformer
 from headway.plain_yaml import dump_yaml
-from headway.run_config import Data, RunConfig
-from headway.text import Tokenizer, train_tokenizer
+from headway.prepare import Material, material
+from headway.run_config import RunConfig
+from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
+from headway.training.first_look import look
 from headway.training.loop import Hooks, Result, Resume, Trainer
-from headway.training.objectives import CausalLM, causal_evaluation, token_byte_lengths
 from headway.training.recipe import resolve, time_step
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
@@ -59,31 +57,37 @@ class Started:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be trained: the resolved run, the model, the data's sizes, and the machine's choice."""
+    """What will be trained: the resolved run, the model, what it is made of, and the machine's choice."""
 
     run: RunConfig
     model: ModelConfig
     parameters: int
-    train_tokens: int
-    valid_tokens: int
-    data_bytes: int
-    tokenizer: Tokenizer
+    material: Material
     threads: int
     reason: str
 
     def lines(self) -> list[str]:
         """The plan in sentences."""
-        m, t = self.model, self.run.train
-        seen = (t.steps or 0) * (t.batch_size or 1) * (self.run.data.context or 1)
-        epochs = seen / max(self.train_tokens, 1)
+        m, t, made = self.model, self.run.train, self.material
+        n_train, n_valid = made.sizes
+        objective = self.run.objective
+        if made.facts.rows is None:
+            seen = (t.steps or 0) * (t.batch_size or 1) * (self.run.data.context or 1)
+            ratio = f" ({made.bytes / max(n_train, 1):.2f} bytes per token)"
+            rows = f"{t.batch_size} x {self.run.data.context} tokens"
+        else:
+            seen, ratio, rows = (t.steps or 0) * (t.batch_size or 1), "", f"{t.batch_size} {made.unit}"
+        words = made.tokenizer
         return [
-            f"data: {self.train_tokens:,} tokens to train, {self.valid_tokens:,} held out "
-            f"({self.data_bytes / max(self.train_tokens, 1):.2f} bytes per token)",
-            f"tokenizer: {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} tokens",
+            f"data: {n_train:,} {made.unit} to train, {n_valid:,} held out{ratio}",
+            *([f"tokenizer: {words.kind}, {words.vocab_size:,} tokens"] if words is not None else []),
+            *([f"classes: {', '.join(self.run.data.labels)[:100]}"] if self.run.data.labels else []),
             f"model: {m.kind}, {self.parameters:,} parameters, {m.n_layers} layers, d_model {m.d_model}, "
-            f"{m.n_heads} heads, context {self.run.data.context}",
-            f"training: {t.steps:,} steps of {t.batch_size} x {self.run.data.context} tokens, {t.optimizer}, "
-            f"{epochs:.1f} passes over the data, {self.threads} thread{'s' * (self.threads != 1)}, {t.dtype}",
+            f"{m.n_heads} heads, context {self.run.data.context}"
+            + (f", from {self.run.base}" if self.run.base else ""),
+            f"training: {objective.type if objective else ''}, {t.steps:,} steps of {rows}, {t.optimizer}, "
+            f"{seen / max(n_train, 1):.1f} passes over the data, {self.threads} "
+            f"thread{'s' * (self.threads != 1)}, {t.dtype}",
         ]
 
 
@@ -97,7 +101,6 @@ class RunResult:
 
     folder: Path
     plan: Plan
-    data: Prepared
     result: Result | None
 
 
@@ -177,26 +180,33 @@ def _clear(folder: Path) -> None:
 
 
 def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult:
-    tokenizer, data = _tokens(run, folder, how, say)
+    made = material(
+        run,
+        folder,
+        how.resume != "never",
+        how.dry_run,
+        lambda text: say(Note(text)),
+        lambda name, done, total: say(Phase(name, done, total)),
+    )
+    for line in made.lines:
+        say(Note(f"note: {line}"))
     device = torch.device(_device(run.train.device))
     limits = machine.probe(device.type)
     choice = machine.choose(limits)
     threads = run.train.threads or choice.threads
     torch.set_num_threads(threads)
-    clock = partial(time_step, device=str(device), isolate=run.data.isolate)
-    config, run = resolve(run, tokenizer.vocab_size, len(data.train.tokens), limits, clock)
-    # What the budget bought is in train.steps now; a config that states both would be refused when it is read again.
-    settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads})}
+    clock = partial(time_step, device=str(device), trial=made.trial)
+    config, run = resolve(made.run, made.facts, limits, clock)
+    # What budget and epochs gave is in train.steps now; a config that states both would be refused when read again.
+    settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads, "epochs": None})}
     run = run.model_copy(update=settled)
-    context, t = run.data.context, run.train
-    assert context is not None and t.batch_size is not None and t.steps is not None
-    torch.manual_seed(t.seed)
-    model = Transformer(config).to(device)
-    sizes = (len(data.train.tokens), len(data.valid.tokens), data.train.bytes)
-    plan = Plan(run, config, sum(parameters(config).values()), *sizes, tokenizer, threads, choice.reason)
+    assert run.data.context is not None and run.train.batch_size is not None and run.train.steps is not None
+    torch.manual_seed(run.train.seed)
+    model = _model(config, made).to(device)
+    plan = Plan(run, config, sum(parameters(config).values()), made, threads, choice.reason)
     say(plan)
     if how.dry_run:
-        return RunResult(folder, plan, data, None)
+        return RunResult(folder, plan, None)
     is_begun = how.resume != "never" and bool(list_checkpoints(folder))
     if not is_begun:
         _describe(folder, plan)
@@ -206,70 +216,22 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
             _describe(folder, plan, only_config=True)
         say(event)
 
-    trainer = _trainer(plan, model, data, folder, listen, limits)
-    say(Started(t.steps))
-    return RunResult(folder, plan, data, trainer.fit(how.resume, how.override))
+    trainer = _trainer(plan, model, folder, listen, limits)
+    say(Started(run.train.steps))
+    return RunResult(folder, plan, trainer.fit(how.resume, how.override))
 
 
-def _tokens(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> tuple[Tokenizer, Prepared]:
-    """The corpus, its tokenizer (the run's own when resuming, loaded, or trained on the training side), its tokens."""
-    d = run.data
-    corpus = open_corpus(str(d.path), d.valid_path, d.val_fraction, read_options(d))
-    say(Note(f"{corpus.path}: {len(corpus.files)} file{'s' * (len(corpus.files) != 1)}, {corpus.split}"))
-    size = sum(file.stat().st_size for file in (*corpus.files, *corpus.valid_files))
-    own = folder / TOKENIZER
-    if how.resume != "never" and own.is_file() and list_checkpoints(folder):
-        tokenizer = Tokenizer.load(own)
-    elif run.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(run.tokenizer.path)
-    else:
-        tokenizer = _new_tokenizer(run, corpus, size, say)
-    progress = partial(_phase, say, "tokens")
-    place = machine.cache_folder() / "data"
-    try:
-        data = prepare(corpus, tokenizer, place, d.context or 1, progress)
-    except MachineError:
-        if how.dry_run or place.parent.exists():
-            raise
-        data = prepare(corpus, tokenizer, folder / "data", d.context or 1, progress)
-    for line in data.lines:
-        say(Note(f"note: {line}"))
-    return tokenizer, data
-
-
-def read_options(data: Data) -> ReadOptions:
-    """How the files of a run become text."""
-    return ReadOptions(data.encoding_errors, data.newline, data.skip_bad_rows, max_bytes=data.max_bytes)
-
-
-def _new_tokenizer(run: RunConfig, corpus: Corpus, size: int, say: OnEvent) -> Tokenizer:
-    wanted = run.tokenizer.vocab_size
-    if wanted is None:
-        wanted = default_vocab_size(size)
-    kind = run.tokenizer.kind or "bpe"
-    tokenizer = train_tokenizer(
-        corpus.texts(),
-        kind,
-        wanted,
-        special_tokens=run.tokenizer.special_tokens,
-        progress=lambda what, done: say(Phase(f"tokenizer ({what})", done if what == "read" else size, size)),
-    )
-    if run.tokenizer.vocab_size is not None and tokenizer.vocab_size != wanted:
-        say(Note(f"note: tokenizer has {tokenizer.vocab_size} tokens: the text gives no more ({wanted} wanted)"))
-    return tokenizer
-
-
-def default_vocab_size(size: int) -> int:
-    """A power of two near the square root of the text's bytes, 512 to 32,768.
-
-    Types grow about as the square root of the text (Heaps' law); a table much larger than that has rows that training
-    hardly ever visits.
-    """
-    return min(max(1 << round(math.log2(max(size, 1)) / 2), 512), 32768)
-
-
-def _phase(say: OnEvent, name: str, done: int, total: int) -> None:
-    say(Phase(name, done, total))
+def _model(config: ModelConfig, made: Material) -> Transformer:
+    """A fresh model, with the weights of the base it is trained from in all parts but a head of another type."""
+    model = Transformer(config)
+    if made.base is not None:
+        weights = made.base.model.state_dict()
+        if config.head.type != made.base.config.head.type:
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+        wanted = model.state_dict()
+        fitting = {name: tensor for name, tensor in weights.items() if wanted[name].shape == tensor.shape}
+        model.load_state_dict(fitting, strict=False)
+    return model
 
 
 def _device(wanted: str) -> str:
@@ -285,38 +247,25 @@ def _describe(folder: Path, plan: Plan, *, only_config: bool = False) -> None:
     resolved = plan.run.model_copy(update={"output": str(folder)})
     texts = {CONFIG: dump_yaml(resolved.model_dump(mode="json"))}
     if not only_config:
-        texts |= {MODEL: plan.model.to_json() + "\n", TOKENIZER: plan.tokenizer.to_json()}
+        texts[MODEL] = plan.model.to_json() + "\n"
+        if plan.material.tokenizer is not None:
+            texts[TOKENIZER] = plan.material.tokenizer.to_json()
     for name, text in texts.items():
         files.atomic_write(folder / name, text.encode())
 
 
-def _trainer(
-    plan: Plan, model: Transformer, data: Prepared, folder: Path, listen: Listener, limits: machine.Probe
-) -> Trainer:
-    run, t, tokenizer = plan.run, plan.run.train, plan.tokenizer
-    assert run.data.context is not None and t.batch_size is not None
-    special = tokenizer.special_ids
-    sizes = token_byte_lengths(
-        b"" if number in special else tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)
-    )
-    source = CausalLM(
-        PackedBatches(data.train, run.data.context, t.batch_size, t.seed, run.data.isolate), tokenizer.hash
-    )
-    evaluation = partial(
-        causal_evaluation,
-        data.valid,
-        run.data.context,
-        t.batch_size,
-        t.eval_windows,
-        isolate=run.data.isolate,
-        token_bytes=sizes,
-    )
+def _trainer(plan: Plan, model: Transformer, folder: Path, listen: Listener, limits: machine.Probe) -> Trainer:
+    run, t, made = plan.run, plan.run.train, plan.material
+    assert run.data.context is not None
+    writes = made.tokenizer is not None and run.objective is not None and run.objective.type == "causal-lm"
     hooks = Hooks(
         listener=listen,
-        sample=partial(_sample, model, tokenizer, run) if t.sample_tokens else None,
-        flops_per_token=training_flops(plan.model, run.data.context),
+        sample=partial(_sample, model, made.tokenizer, run) if writes and made.tokenizer and t.sample_tokens else None,
+        flops_per_token=training_flops(plan.model, run.data.context) if made.facts.rows is None else None,
         peak_flops=limits.peak(t.dtype, plan.threads),
     )
+    source, evaluation = made.source(plan.model, run), partial(made.evaluation, plan.model, run)
+    look(source, plan.model, None if made.tokenizer is None else made.tokenizer.bos_id)
     return Trainer(model, source, t, folder, evaluation, run.model_dump(mode="json"), hooks)
 
 

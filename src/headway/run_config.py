@@ -32,7 +32,6 @@ from headway.errors import ConfigError, nearest
 from headway.plain_yaml import parse_yaml, read_yaml
 
 ENV_PREFIX = "HEADWAY__"
-Objective = Literal["causal-lm"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 
@@ -41,18 +40,116 @@ class Data(Frozen):
     """Where the text comes from and how it is cut.
 
     `context` is the length of a training window in tokens. `val_fraction` of the documents (chosen by hash) is held
-    out when there is no `valid_path`. `isolate` keeps packed documents from attending to each other.
+    out when there is no `valid_path`. `isolate` keeps packed documents from attending to each other. For examples
+    `context` is the longest input and `target` the longest target of an encoder-decoder; `columns` says which column
+    of the file holds a field (`data.columns.text=sentence`), and `labels` names the classes (default: those found).
+    Images are brought to `image` pixels a side and cut into patches of `patch`.
     """
 
     path: str | None = None
     valid_path: str | None = None
     context: Positive | None = None
+    target: Positive | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    labels: Names = ()
+    image: Positive | None = None
+    patch: Positive | None = None
     val_fraction: Share = 0.05
     isolate: bool = True
     encoding_errors: Literal["strict", "replace", "skip"] = "strict"
     newline: Literal["keep", "lf"] = "keep"
     skip_bad_rows: bool = False
     max_bytes: Positive = 2**36
+
+
+class CausalLM(Frozen):
+    """The next token: of text in packed windows, or of the answers in prompts and conversations."""
+
+    type: Literal["causal-lm"] = "causal-lm"
+
+
+class MaskedLM(Frozen):
+    """Hidden tokens (arXiv:1810.04805). `replace` bert: of those hidden 80 % are the mask, 10 % others, 10 % stay.
+
+    `static` hides the same ones of a window whenever it comes back (arXiv:1907.11692, section 4.1).
+    """
+
+    type: Literal["masked-lm"] = "masked-lm"
+    rate: Share = 0.15
+    whole_words: bool = False
+    replace: Literal["bert", "all"] = "bert"
+    static: bool = False
+
+
+class SpanCorruption(Frozen):
+    """T5's: spans of `mean_span` tokens, `rate` of the text, become sentinels (arXiv:1910.10683)."""
+
+    type: Literal["span-corruption"] = "span-corruption"
+    rate: Share = 0.15
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+
+
+class Denoising(Frozen):
+    """BART's: sentences change places, spans become one mask, the target is the text (arXiv:1910.13461)."""
+
+    type: Literal["denoising"] = "denoising"
+    rate: Share = 0.3
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    shuffle: bool = True
+
+
+class Seq2Seq(Frozen):
+    """The target given the source, by teacher forcing."""
+
+    type: Literal["seq2seq"] = "seq2seq"
+
+
+class SequenceClassification(Frozen):
+    """One class, several, or a number for a text or two; which, the labels tell."""
+
+    type: Literal["sequence-classification"] = "sequence-classification"
+
+
+class TokenClassification(Frozen):
+    """One class per word."""
+
+    type: Literal["token-classification"] = "token-classification"
+
+
+class Span(Frozen):
+    """Where in a context the answer stands."""
+
+    type: Literal["span"] = "span"
+
+
+class Contrastive(Frozen):
+    """Vectors of texts that belong together come together; the batch's other pairs are the negatives."""
+
+    type: Literal["contrastive"] = "contrastive"
+
+
+class ImageClassification(Frozen):
+    """One class per image; training images are moved by up to `shift` pixels and mirrored if `flip`."""
+
+    type: Literal["image-classification"] = "image-classification"
+    shift: Count = 2
+    flip: bool = True
+
+
+Objective = Annotated[
+    CausalLM
+    | MaskedLM
+    | SpanCorruption
+    | Denoising
+    | Seq2Seq
+    | SequenceClassification
+    | TokenClassification
+    | Span
+    | Contrastive
+    | ImageClassification,
+    Field(discriminator="type"),
+    BeforeValidator(as_tagged),
+]
 
 
 class TokenizerConfig(Frozen):
@@ -67,11 +164,14 @@ class TokenizerConfig(Frozen):
 class Train(Frozen):
     """The optimization. None means: derived by the recipe and written into the resolved config.
 
-    `batch_size` is sequences per update, split into `accumulation` passes. `lr` is the peak rate of AdamW's groups
-    and `muon_lr` that of Muon's matrices. `warmup` counts steps; `schedule` wsd decays over its last `decay` share.
+    `batch_size` is sequences per update, split into `accumulation` passes. `lr` is the peak rate and
+    `muon_lr` that of Muon's matrices; `beta1` and `beta2` are AdamW's and Lion's. `warmup` counts steps; `schedule`
+    wsd decays over its last `decay` share. `z_loss` weighs log^2 Z (arXiv:2204.02311), `ema` is the decay of the
+    averaged weights, `checkpoint_activations` runs blocks twice for less memory, to the same bits.
     """
 
     steps: Count | None = None
+    epochs: PositiveReal | None = None
     batch_size: Positive | None = None
     accumulation: Positive = 1
     optimizer: Literal["adamw", "muon", "lion", "adafactor"] = "muon"
@@ -87,9 +187,13 @@ class Train(Frozen):
     eps: PositiveReal = 1e-8
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     label_smoothing: Probability = 0.0
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    ema: Share | None = None
+    checkpoint_activations: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     eval_every: Positive | None = None
     eval_windows: Positive = 64
+    eval_rows: Positive = 2048
     checkpoint_every: Positive | None = None
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     early_stop: Positive | None = None
@@ -125,6 +229,20 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: "leave out train.steps",
     ),
     Rule(
+        ("budget", "train.epochs"),
+        lambda r: r.train.epochs is not None and r.budget is not None,
+        lambda r: f"{r.train.epochs:g} epochs and budget {r.budget} both say when to stop",
+        "one of the two",
+        lambda r: "leave out budget",
+    ),
+    Rule(
+        ("base", "model"),
+        lambda r: r.base is not None and "kind" not in r.model and bool(r.model),
+        lambda r: f"a model to train further ({r.base}) and sizes of a new one ({', '.join(r.model)})",
+        "one of the two",
+        lambda r: f"leave out {', '.join(f'model.{key}' for key in r.model)}",
+    ),
+    Rule(
         ("tokenizer.path", "tokenizer.kind"),
         lambda r: r.tokenizer.path is not None and r.tokenizer.kind is not None,
         lambda r: f"a tokenizer to load ({r.tokenizer.path}) and one to train ({r.tokenizer.kind})",
@@ -142,13 +260,18 @@ RUN_RULES: tuple[Rule, ...] = (
 
 
 class RunConfig(Checked):
-    """Everything that decides what a run does. `model` holds ModelConfig's fields, or the one dial `depth`."""
+    """Everything that decides what a run does.
+
+    `model` holds ModelConfig's fields, or the one dial `depth`. `objective` None is what the data's form asks for.
+    `base` is a model to train further: a path or name as `headway.load` takes it.
+    """
 
     model: dict[str, Any] = Field(default_factory=dict)
     data: Data = Data()
     tokenizer: TokenizerConfig = TokenizerConfig()
     train: Train = Train()
-    objective: Objective = "causal-lm"
+    objective: Objective | None = None
+    base: str | None = None
     budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import headway
-from headway import launch
+from headway import prepare
 from headway.checkpoints.folder import list_checkpoints, newest_good
 from headway.files import RunLock
 from headway.run_config import RunConfig
@@ -57,7 +57,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(command, corpus, tmp_path):
     said = command(
         "train", f"data.path={corpus}", *SMALL, "train.steps=2", "--output", tmp_path / "r", "--dry-run", "--json"
     )
-    assert said.json["parameters"] and "step" not in said.json and "training: 2 steps" in said.err
+    assert said.json["parameters"] and "step" not in said.json and "training: causal-lm, 2 steps" in said.err
     assert not (tmp_path / "r").exists()
 
 
@@ -106,7 +106,7 @@ def test_a_corpus_shorter_than_the_context(command, tmp_path):
 
 @pytest.mark.fault("S4")
 def test_an_unwritable_output_is_refused_before_the_corpus_is_read(command, corpus, monkeypatch):
-    monkeypatch.setattr(launch, "open_corpus", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(prepare, "open_corpus", lambda *_: pytest.fail("work began"))
     said = command("train", f"data.path={corpus}", "--output", "/proc/1/run")
     assert said.code == 4 and "/proc/1" in said.error
 
@@ -259,4 +259,4 @@ def test_tokenizer_smaller_than_wanted_is_said(command, corpus, tmp_path):
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 512), (10**5, 512), (10**6, 1024), (10**7, 4096), (10**12, 32768)])
 def test_default_vocab_size(size, expected):
-    assert launch.default_vocab_size(size) == expected
+    assert prepare.default_vocab_size(size) == expected

@@ -274,3 +274,49 @@ while True:
         child.stdout.close()
         path = tmp_path / "tokenizer.json"
         assert not path.exists() or path.read_text() in whole
+
+
+@pytest.mark.parametrize("shape", ["bert", "roberta", "none"])
+def test_pairs_are_framed_as_the_library_does(shape):
+    """pair_ids around the ids of two texts are what the file's own post-processor gives for a pair."""
+    made = trained("bpe")
+    end = made.eos_id
+    parts = {
+        "bert": {"type": "BertProcessing", "sep": ["<|endoftext|>", end], "cls": ["<|endoftext|>", end]},
+        "roberta": {
+            "type": "RobertaProcessing",
+            "sep": ["<|endoftext|>", end],
+            "cls": ["<|endoftext|>", end],
+            "trim_offsets": True,
+            "add_prefix_space": False,
+        },
+        "none": None,
+    }
+    content = {**json.loads(made.to_json()), "post_processor": parts[shape]}
+    framed = Tokenizer(content)
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    before, between, after = framed.pair_ids
+    a, b = made.encode("one text"), made.encode("and another")
+    assert [*before, *a, *between, *b, *after] == library.encode("one text", "and another").ids
+    assert len(between) == {"bert": 1, "roberta": 2, "none": 0}[shape]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(text=any_text.filter(lambda text: "\ufffd" not in text))
+def test_spans_say_where_each_token_stands(kind, text):
+    made = trained(kind)
+    if kind in ("unigram", "wordpiece", "bpe") and made._normalization:
+        with pytest.raises(InputError, match="SentencePiece"):
+            made.encode_spans(text)
+        return
+    try:
+        ids = made.encode(text)
+    except InputError:
+        return  # a character that the vocabulary cannot express
+    spans = made.encode_spans(text)
+    assert [number for number, _, _ in spans] == ids
+    assert all(0 <= start <= stop <= len(text) for _, start, stop in spans)
+    assert [start for _, start, _ in spans] == sorted(start for _, start, _ in spans)
+    if kind in ("bpe", "byte", "char"):  # nothing is normalized away: every character belongs to a token
+        assert {place for _, start, stop in spans for place in range(start, stop)} == set(range(len(text)))

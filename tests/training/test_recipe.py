@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headway.run_config import RunConfig
-from headway.training.recipe import PASSES, _heads, resolve, time_step
+from headway.training.recipe import PASSES, Facts, _heads, resolve, time_step
 
 TOKENS = 3_000_000
 
@@ -18,13 +18,13 @@ def slow_clock(config, train, context):
 
 
 def resolved(tokens=TOKENS, vocab=2048, **fields):
-    return resolve(RunConfig(**fields), vocab, tokens, None, slow_clock)
+    return resolve(RunConfig(**fields), Facts(tokens, {"vocab_size": vocab}), None, slow_clock)
 
 
 def test_nothing_is_left_open():
     model, run = resolved(budget="3m")
     open_fields = {name for name, value in run.train.model_dump().items() if value is None}
-    assert open_fields <= {"early_stop", "threads"}
+    assert open_fields <= {"early_stop", "threads", "epochs", "ema"}
     assert run.data.context == model.max_len and model.vocab_size == 2048
     assert run.model == model.model_dump(mode="json")
 
@@ -77,7 +77,7 @@ def test_heads_divide_any_width():
 def test_resolving_a_resolved_run_changes_nothing():
     model, run = resolved(model={"depth": 2}, budget="1m")
     fixed = run.model_copy(update={"budget": None})
-    assert resolve(fixed, 2048, TOKENS, None, slow_clock) == (model, fixed)
+    assert resolve(fixed, Facts(TOKENS, {"vocab_size": 2048}), None, slow_clock) == (model, fixed)
 
 
 def test_trial_steps_leave_the_random_state_alone():

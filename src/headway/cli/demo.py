@@ -131,7 +131,8 @@ def measure(loaded: Loaded, done: RunResult) -> Perplexity:
 
     from headway.evaluation import TextTokens, perplexity
 
-    store, tokenizer = done.data.valid, loaded.words
+    assert done.plan.material.prepared is not None
+    store, tokenizer = done.plan.material.prepared.valid, loaded.words
     numbers = list(range(len(store.ends)))
     random.Random(0).shuffle(numbers)
 

@@ -1,4 +1,7 @@
-"""`headway eval PATH --task perplexity --data FILE`: measure a model, each figure with its interval."""
+"""`headway eval PATH --data FILE`: measure a model, each figure with its interval and all that it depends on.
+
+Running text gives perplexity; rows with labels, answers or translations, and images, give the metrics of their task.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,24 @@ from headway.cli.output import Printer, duration, note
 from headway.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from headway.api import Loaded
+    from headway.data import ReadOptions
     from headway.evaluation import Interval, Perplexity
 
-TASKS = ("perplexity",)
+TASKS = ("perplexity", "labelled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
     """What `headway eval` takes."""
 
-    task: Annotated[str, option(help="What to measure: perplexity.")] = "perplexity"
-    data: Annotated[str | None, option(help="A text file or folder.")] = None
+    task: Annotated[str | None, option(help="perplexity or labelled [what the data are for].")] = None
+    data: Annotated[str | None, option(help="A file or folder of text, rows or images.")] = None
+    metrics: Annotated[str | None, option(help="Names of metrics, with commas [those of the task].")] = None
+    column: Annotated[list[str] | None, option(help="text=NAME: where a field stands; repeat for several.")] = None
+    beams: Annotated[int, option(min=1, help="Beams of an encoder-decoder's answers.")] = 1
+    max_tokens: Annotated[int, option(min=1, help="Longest answer.")] = 128
+    limit: Annotated[int | None, option(min=1, help="Examples to measure on, spread over the data [all].")] = None
     context: Annotated[int | None, option(min=1, help="Tokens of a window [the model's max_len].")] = None
     stride: Annotated[int | None, option(min=1, help="Tokens between windows [half the context].")] = None
     encoding_errors: Annotated[str, option(help="strict, replace or skip.")] = "strict"
@@ -35,48 +45,96 @@ def run(options: Options) -> None:
     """Load, measure, print."""
     options = by_name(options, "headway eval")
     path = options.one_path("the folder of a trained model")
-    if options.task not in TASKS:
+    if options.task not in (None, *TASKS):
         raise ConfigError("task", f"{options.task!r}{nearest(options.task, TASKS)}", ", ".join(TASKS))
     if options.data is None:
-        raise ConfigError("data", "missing", "a text file or folder", "--data FILE")
+        raise ConfigError("data", "missing", "a file or folder of text, rows or images", "--data FILE")
     import time
 
     import torch
 
     from headway import api, loading
-    from headway.cli.display import Display
-    from headway.data import ReadReport, documents
-    from headway.data.sources import find_files
-    from headway.evaluation import TextTokens, perplexity
-    from headway.launch import Phase, read_options
-    from headway.run_config import RunConfig
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    reading = {"encoding_errors": options.encoding_errors, "skip_bad_rows": options.skip_bad_rows}
-    how = read_options(RunConfig(data=reading).data)  # type: ignore[arg-type]  # checked there
-    total = sum(file.stat().st_size for file in find_files(options.data, how, ReadReport()))
     dtype = loading.dtype_of(options.dtype)
     loaded = api.load(path, dtype=dtype, force_tokenizer=options.force_tokenizer, device=options.device)
     for line in loaded.notes:
         note(f"note: {line}")
-    encode, report, began = loaded.words.encode, ReadReport(), time.perf_counter()
+    began, printer = time.perf_counter(), Printer(json=options.json)
+    task = options.task or ("perplexity" if _writes_text(loaded) else "labelled")
+    out = {"perplexity": _perplexity, "labelled": _labelled}[task](options, loaded, options.data, printer)
+    seconds = time.perf_counter() - began
+    printer.say(f"measured in {duration(seconds)}")
+    printer.result({"task": task, **out, "seconds": seconds})
+
+
+def _writes_text(loaded: Loaded) -> bool:
+    return loaded.config.kind == "decoder" and loaded.config.head.type == "causal-lm"
+
+
+def _perplexity(options: Options, loaded: Loaded, data: str, printer: Printer) -> dict[str, object]:
+    from headway.cli.display import Display
+    from headway.data import ReadReport, documents
+    from headway.data.sources import find_files
+    from headway.evaluation import TextTokens, perplexity
+    from headway.launch import Phase
+
+    how, report = _reading(options), ReadReport()
+    total = sum(file.stat().st_size for file in find_files(data, how, ReadReport()))
+    encode = loaded.words.encode
     with Display() as display:
         found = perplexity(
             loaded.model,
-            (TextTokens.of(encode(d.text), loaded.words) for d in documents(options.data, how, report)),
+            (TextTokens.of(encode(d.text), loaded.words) for d in documents(data, how, report)),
             context=options.context,
             stride=options.stride,
             bos_id=loaded.config.tokens.bos,
             progress=lambda _: display(Phase("perplexity", report.bytes, total)),
         )
-    seconds = time.perf_counter() - began
-    printer = Printer(json=options.json)
     for line in report.lines():
         note(f"note: {line}")
     show(printer, found)
-    printer.say(f"{found.tokens / seconds:,.0f} tokens/s, {duration(seconds)}")
-    printer.result({"task": options.task, **as_json(found), "seconds": seconds})
+    return as_json(found)
+
+
+def _reading(options: Options) -> ReadOptions:
+    from headway.prepare import read_options
+    from headway.run_config import RunConfig
+
+    reading = {"encoding_errors": options.encoding_errors, "skip_bad_rows": options.skip_bad_rows}
+    return read_options(RunConfig(data=reading).data)  # type: ignore[arg-type]  # checked there
+
+
+def _labelled(options: Options, loaded: Loaded, data: str, printer: Printer) -> dict[str, object]:
+    from headway.assess import How, assess
+    from headway.cli.display import Display
+    from headway.launch import Phase
+
+    columns = dict(_column(text) for text in options.column or [])
+    with Display() as display:
+        how = How(
+            _reading(options),
+            columns,
+            beams=options.beams,
+            max_tokens=options.max_tokens,
+            limit=options.limit,
+            progress=lambda done, total: display(Phase("predicting", done, total)),
+        )
+        found = assess(loaded, data, [name.strip() for name in (options.metrics or "").split(",") if name.strip()], how)
+    printer.table(
+        [(one.name, *_cells(one.interval)) for one in found], header=("", "value", "95 % interval", ""), right=True
+    )
+    for one in found:
+        printer.say(f"{one.name}: n {one.interval.n:,}, {one.signature}")
+    return {one.name: {**one.interval._asdict(), "signature": one.signature} for one in found}
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if not equals:
+        raise ConfigError("column", repr(text), "FIELD=COLUMN", "--column text=sentence")
+    return name, column
 
 
 def show(printer: Printer, found: Perplexity) -> None:

@@ -125,12 +125,12 @@ def run(options: Options) -> None:
 
 def summary(done: RunResult) -> dict[str, object]:
     """A run as JSON values."""
-    run, result = done.plan.run, done.result
+    run, result, made = done.plan.run, done.result, done.plan.material
     out: dict[str, object] = {
         "run": str(done.folder),
         "parameters": done.plan.parameters,
-        "train_tokens": done.plan.train_tokens,
-        "valid_tokens": done.plan.valid_tokens,
+        f"train_{made.unit}": made.sizes[0],
+        f"valid_{made.unit}": made.sizes[1],
         "config": run.model_dump(mode="json"),
     }
     if result is not None:

@@ -198,6 +198,12 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def hashed_uniform(places: NDArray[np.int64], use: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each place, the same whenever it is asked for; another `use`, other numbers."""
+    keys = places.astype(np.uint64) + np.uint64(_mix_int(use))
+    return (_mix(keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def _mix_int(*parts: int) -> int:
     """One hash of a few integers."""
     state = np.zeros(1, dtype=np.uint64)

@@ -146,7 +146,12 @@ def fingerprint(*groups: tuple[Path, ...]) -> str:
 
 def place(piece: Piece) -> float:
     """Where in [0, 1) the hash of a document falls; of a long one its first million characters count."""
-    digest = hashlib.blake2b(piece.text[:PIECE].encode(), digest_size=6).digest()
+    return place_of(piece.text)
+
+
+def place_of(text: str) -> float:
+    """Where in [0, 1) the hash of a text falls: below val_fraction it is held out, whatever stands beside it."""
+    digest = hashlib.blake2b(text[:PIECE].encode(), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48
 
 

@@ -227,7 +227,7 @@ def _blocks(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[by
             yield block
 
 
-def _decoded(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[str]:
+def decoded(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[str]:
     """A file's text, block by block; a character cut by a block's end is carried to the next."""
     name, pending, offset, line, last_bad = str(path), b"", 0, 1, 0
     mode = {"strict": "strict", "replace": "replace", "skip": "ignore"}[options.encoding_errors]
@@ -327,7 +327,7 @@ def _third_last_line(text: str) -> int:
     return place if len(text) - place < BLOCK else len(text)
 
 
-def _lines(chunks: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
+def lines(chunks: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
     """Numbered rows. CR cannot stand inside a JSON string, so a file with lone CRs has the same rows."""
     number, size = 1, 0
     held: list[str] = []
@@ -347,7 +347,7 @@ def _lines(chunks: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
 
 def _rows(chunks: Iterable[str], name: str, options: ReadOptions, report: ReadReport) -> Iterator[str]:
     """The `text` of each row of a .jsonl file; blank rows do not count."""
-    for number, line in _lines(chunks, name):
+    for number, line in lines(chunks, name):
         if not line.strip():
             continue
         try:
@@ -364,7 +364,7 @@ def _rows(chunks: Iterable[str], name: str, options: ReadOptions, report: ReadRe
 
 def _parts(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, bool]]:
     """A file as (text, whether a document ends there)."""
-    chunks = _decoded(path, options, report)
+    chunks = decoded(path, options, report)
     lf = options.newline == "lf"
     if is_rows(path):
         for text in _rows(chunks, str(path), options, report):

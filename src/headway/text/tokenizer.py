@@ -45,6 +45,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id, unk_id, mask_id: the tokens in these roles, or None.
         special_ids: ids of all control tokens.
         prefix_ids, suffix_ids: what the file's template puts around one text, such as [CLS] and [SEP].
+        pair_ids: what it puts before, between and behind two texts.
         chat_template: the Jinja template that came with the tokenizer, or None; no part of `hash`.
 
     Raises:
@@ -71,9 +72,11 @@ class Tokenizer:
             self._plain = self._library(text if plain is spec.tree else dump_json(plain))
             self._plain.encode_special_tokens = True
             decoder = self._plain.decoder
-            self.prefix_ids, self.suffix_ids = _template(spec, where)
-        if max((*self.prefix_ids, *self.suffix_ids), default=0) >= self.vocab_size:
-            found = f"ids {self.prefix_ids} and {self.suffix_ids} with {self.vocab_size} tokens"
+            self.prefix_ids, self.suffix_ids = _template(spec, where, "a")
+            self.pair_ids = _template(spec, where, "a", "a")
+        framing = [self.prefix_ids, self.suffix_ids, *self.pair_ids]
+        if max((number for ids in framing for number in ids), default=0) >= self.vocab_size:
+            found = f"ids {framing} with {self.vocab_size} tokens"
             raise InputError(f"{where} post_processor", found, "ids of tokens")
         fallback = self.kind == "unigram" and spec.model.get("byte_fallback") is True
         self._unknown_bytes = [spec.vocab.get(byte_piece(byte)) for byte in range(256)] if fallback else []
@@ -161,6 +164,24 @@ class Tokenizer:
     def encode_input(self, text: str) -> list[int]:
         """Token ids of one user text inside the file's template: `prefix_ids`, the text's, `suffix_ids`."""
         return [*self.prefix_ids, *self.encode(text), *self.suffix_ids]
+
+    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, stop) of each token of one user text, in characters of the text; a token of no character, such as
+        the second byte of one, has start = stop or repeats its character.
+
+        Raises InputError as `encode` does, and for a SentencePiece tokenizer, whose normalized text has other places.
+        """
+        if self.kind in ("byte", "char"):
+            ids = self._direct(text).tolist()
+            sizes = [len(letter.encode()) if self.kind == "byte" else 1 for letter in text]
+            places = [place for place, size in enumerate(sizes) for _ in range(size)]
+            return [(number, place, place + 1) for number, place in zip(ids, places, strict=True)]
+        if self._normalization:
+            raise InputError(self._where, "normalizes text as SentencePiece does", "a tokenizer that keeps its places")
+        check_unicode(text, "text")
+        with library_errors(self._where):
+            found = self._plain.encode(text, add_special_tokens=False)
+        return [(number, *span) for number, span in zip(found.ids, found.offsets, strict=True)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many user texts, on all cores (TOKENIZERS_PARALLELISM=false for one). Raises InputError."""
@@ -343,15 +364,16 @@ def _unreachable(spec: Spec, unk_id: int | None) -> tuple[dict[str, object], dic
     return tree, {spec.vocab[content]: content for content in names}
 
 
-def _template(spec: Spec, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the post-processor puts before and behind a text, found by running it on a text of one token."""
+def _template(spec: Spec, where: str, *texts: str) -> tuple[tuple[int, ...], ...]:
+    """The ids that the post-processor puts before, between and behind texts of one token, found by running it."""
     tree = empty_tree({"type": "BPE", "vocab": {"a": 0}, "merges": []})
     tree["post_processor"] = spec.tree.get("post_processor")
-    made = tokenizers.Tokenizer.from_str(dump_json(tree)).encode("a")
-    if made.special_tokens_mask.count(0) != 1:
+    made = tokenizers.Tokenizer.from_str(dump_json(tree)).encode(texts[0], texts[1] if len(texts) > 1 else None)
+    if made.special_tokens_mask.count(0) != len(texts):
         raise InputError(f"{where} post_processor", "a template without the text, or with it twice", "the text once")
-    place = made.special_tokens_mask.index(0)
-    return tuple(made.ids[:place]), tuple(made.ids[place + 1 :])
+    places = [place for place, special in enumerate(made.special_tokens_mask) if not special]
+    edges = zip([-1, *places], [*places, len(made.ids)], strict=True)
+    return tuple(tuple(made.ids[left + 1 : right]) for left, right in edges)
 
 
 @contextmanager

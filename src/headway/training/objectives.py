@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headway.data.batches import Batch, PackedBatches, evaluation_batches
@@ -21,6 +22,8 @@ from headway.data.store import TokenStore
 from headway.errors import BugError, InputError
 
 IGNORED = -100
+POOL = 50
+"""Batches among which examples are sorted by length: enough to pad little, few enough to keep an epoch random."""
 Example = TypeVar("Example")
 
 
@@ -121,6 +124,9 @@ def _causal(batch: Batch, token_bytes: Tensor | None) -> TrainingBatch:
 class ShuffledExamples(Generic[Example]):
     """Batches of any examples: each epoch in a fresh order, every example once per epoch.
 
+    With `lengths` batches hold examples of similar length, so that little is padded: an epoch's order is cut into pools
+    of POOL batches, each pool sorted by length and cut into batches, and the batches shuffled.
+
     Args:
         examples: the data, in memory or mapped.
         collate: makes the model's keyword arguments of a list of examples; its generator is the only randomness
@@ -128,6 +134,7 @@ class ShuffledExamples(Generic[Example]):
         batch_size: rows per batch.
         seed: another seed, another order.
         identity: hashes of the examples, for resuming.
+        lengths: of each example, for padding less; None: batches in the plain order.
 
     Raises InputError if there are no examples.
     """
@@ -139,11 +146,12 @@ class ShuffledExamples(Generic[Example]):
         batch_size: int,
         seed: int,
         identity: Mapping[str, str],
+        lengths: NDArray[np.int64] | None = None,
     ) -> None:
         if not len(examples):
             raise InputError("data", "0 examples", "at least one")
         self._examples, self._collate, self._size, self._seed = examples, collate, batch_size, seed
-        self.identity = identity
+        self.identity, self._lengths = identity, lengths
         self._orders: dict[int, list[int]] = {}
 
     def batch(self, cursor: int) -> TrainingBatch:
@@ -155,9 +163,23 @@ class ShuffledExamples(Generic[Example]):
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            order = self._generator(0, epoch).permutation(len(self._examples)).tolist()
-            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+            rng = self._generator(0, epoch)
+            order = rng.permutation(len(self._examples))
+            if self._lengths is not None:
+                order = self._bucketed(order, -epoch * len(order) % self._size, self._lengths, rng)
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order.tolist()}
         return self._orders[epoch]
+
+    def _bucketed(
+        self, order: NDArray[np.int64], first: int, lengths: NDArray[np.int64], rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """The order with similar lengths side by side; `first` examples complete the batch begun in the last epoch."""
+        pools = np.split(order, range(first, len(order), POOL * self._size))
+        ranked = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+        batches = np.split(ranked, range(first, len(order), self._size))
+        whole = [number for number, batch in enumerate(batches) if len(batch) == self._size and number]
+        moved = dict(zip(whole, rng.permutation(whole).tolist(), strict=True)) if whole else {}
+        return np.concatenate([batches[moved.get(number, number)] for number in range(len(batches))])
 
     def _generator(self, use: int, number: int) -> np.random.Generator:
         """Philox is counter-based: a key of (seed, use and number) gives an independent stream each."""

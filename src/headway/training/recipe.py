@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headway.config import ModelConfig
 from headway.machine import Probe, choose
 from headway.nn import Transformer
 from headway.run_config import RunConfig, Train
 from headway.training.evaluate import precision
+from headway.training.loop import configure
 from headway.training.optimizers import make_optimizer
 
 # The shape of every model that the recipe builds; a user's fields are laid over it.
@@ -29,44 +32,79 @@ ARCHITECTURE: Mapping[str, Any] = {
     "feed_forward": {"activation": "relu2"},  # arXiv:2109.08668: as good as SwiGLU here, and cheaper
     "init": {"std": None, "residual": "zero"},  # every block begins as the identity
 }
+# What a published model is tuned with (arXiv:1810.04805, appendix A.3; the rate's middle value).
+TUNING: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "beta2": 0.999}
+TUNING_EPOCHS, TUNING_ROWS, TUNING_WARMUP = 3.0, 32, 0.1
 WIDTH_PER_LAYER = 64  # d_model = 64 depth, heads of 64: 6 layers of 384, 12 of 768
 DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 # Rates at d_model 128. Tables (embedding, head) see sparse gradients, so their rate falls with the square root of the
 # width; Muon's update has a fixed length per direction, so its rate does not depend on the width.
 TABLE_RATE, ADAMW_RATE, MUON_RATE = 0.04, 0.004, 0.03
+LION_SHARE, LION_BETA2 = 0.2, 0.99  # of AdamW's rate: 3 to 10 times lower (arXiv:2302.06675, section 5)
 DEFAULT_BUDGET = "3m"
 SHARE_FOR_STEPS = 0.9  # of the budget; the rest is for evaluation, samples and checkpoints
 EVALUATIONS = 10
 LAYER_CALL = 0.0015  # seconds for one token through one layer, batch 1: measured 1.1 ms on two CPU cores
 PASSES = 8  # over the data, after which more of them teach a small model little
+ROW_PASSES = 30  # over labelled examples, pairs and images, of which there are few
 TRIAL_STEPS = 4
 # Measured, not taken from the scaling laws of long runs: with Muon and minutes of training the optimum lies at fewer
 # tokens per parameter than Chinchilla's 20 (arXiv:2203.15556). See docs/recipe.md.
 TOKENS_PER_PARAMETER = 2.0
 
 Clock = Callable[[ModelConfig, Train, int], float]
+Trial = Callable[[ModelConfig, int, int], Mapping[str, Tensor]]
 
 
-def time_step(config: ModelConfig, train: Train, context: int, device: str = "cpu", *, isolate: bool = True) -> float:
-    """Seconds per update of a fresh model on random tokens: the median of a few steps, after one to warm up.
+@dataclass(frozen=True)
+class Facts:
+    """What the recipe asks of the data.
 
-    With `isolate` every row holds two documents, as packed rows do: their mask takes another path through attention.
+    Attributes:
+        tokens: positions that one pass over the training side puts through the model.
+        fields: what the data decides about the model: vocabulary, kind, head, special tokens, patches.
+        rows: examples of the training side, None where the text is cut into windows.
+        context: positions of the longest example, None for windows.
+        base: the config of the published model that is trained further, if one is.
+    """
+
+    tokens: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    context: int | None = None
+    base: ModelConfig | None = None
+
+
+def random_windows(config: ModelConfig, rows: int, context: int, *, isolate: bool = True) -> dict[str, Tensor]:
+    """Packed windows of random tokens; with `isolate` every row holds two documents, as packed rows do."""
+    ids = torch.randint(config.vocab_size, (rows, context))
+    inputs = {"input_ids": ids, "labels": ids}
+    # Their mask takes another path through attention.
+    return {**inputs, "documents": (torch.arange(context) >= context // 2).long().expand_as(ids)} if isolate else inputs
+
+
+def time_step(
+    config: ModelConfig, train: Train, context: int, device: str = "cpu", *, trial: Trial = random_windows
+) -> float:
+    """Seconds per update of a fresh model on a batch of `trial`'s: the median of a few steps, after one to warm up.
+
     The generator's state is put back, so the run that follows is the one its seed names.
     """
     place = torch.device(device)
     finish = torch.cuda.synchronize if place.type == "cuda" else bool
     with torch.random.fork_rng([] if place.type == "cpu" else [place]):
         model = Transformer(config).to(place)
+        configure(model, train)
         optimizer = make_optimizer(model, config, train)
-        ids = torch.randint(config.vocab_size, ((train.batch_size or 1) // train.accumulation, context), device=place)
-        documents = (torch.arange(context, device=place) >= context // 2).long().expand_as(ids) if isolate else None
+        inputs = trial(config, (train.batch_size or 1) // train.accumulation, context)
+        inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
         seconds = []
         for _ in range(TRIAL_STEPS):
             begin = time.perf_counter()
             for _ in range(train.accumulation):
                 with precision(train.dtype, place):
-                    loss = model(ids, labels=ids, documents=documents).loss
-                loss.backward()
+                    loss = model.loss(**inputs)
+                torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step(0.0)
             optimizer.zero_grad()
@@ -76,43 +114,58 @@ def time_step(config: ModelConfig, train: Train, context: int, device: str = "cp
 
 
 def resolve(
-    run: RunConfig, vocab_size: int, train_tokens: int, probe: Probe | None, clock: Clock = time_step
+    run: RunConfig, facts: Facts, probe: Probe | None, clock: Clock = time_step
 ) -> tuple[ModelConfig, RunConfig]:
     """Fill in every open number of a run.
 
     Args:
-        run: what the user said. vocab_size: of the tokenizer. train_tokens: tokens in the training split.
+        run: what the user said. facts: what the data says.
         probe: the machine's measured limits (headway.machine), None to judge from trial steps alone.
         clock: seconds per training step of a model; the default runs a few real steps.
 
     Returns:
         The model, and the run with nothing open among dtype, steps, batch size, rates, warmup and intervals.
     """
-    if run.train.steps is not None or run.budget is not None:
-        budget = run.budget_seconds
-    else:
-        run = run.model_copy(update={"budget": DEFAULT_BUDGET})
-        budget = run.budget_seconds
-    context = run.data.context or _context(train_tokens)
-    model = _model(run, vocab_size, context, train_tokens, budget, _rate(probe))
-    batch = run.train.batch_size or _batch_size(
-        _expected_tokens(run, model, context, train_tokens, budget, probe), context
+    run = _tuned(run) if facts.base is not None else run
+    if run.train.steps is None and run.train.epochs is None and run.budget is None:
+        said = {"budget": DEFAULT_BUDGET} if facts.base is None else {}
+        epochs = TUNING_EPOCHS if facts.base is not None else None
+        run = run.model_copy(update={**said, "train": run.train.model_copy(update={"epochs": epochs})})
+    budget = run.budget_seconds
+    context = run.data.context or facts.context or _context(facts.tokens)
+    model = facts.base or _model(run, facts, context, budget, _rate(probe))
+    length = context if facts.rows is None else max(facts.tokens // facts.rows, 1)
+    batch = run.train.batch_size or (
+        _batch_size(_expected_tokens(run, model, facts, length, budget, probe), length)
+        if facts.base is None
+        else TUNING_ROWS
     )
     batch = -(-batch // run.train.accumulation) * run.train.accumulation
     train = _rates(run.train.model_copy(update={"batch_size": batch}), model)
     train, seconds = _fastest(train, model, context, probe, clock)
     evaluations = EVALUATIONS
-    if train.steps is None:
+    passes = facts.tokens / (batch * length)  # steps of one pass over the data
+    if train.steps is None and train.epochs is not None:
+        train = train.model_copy(update={"steps": max(math.ceil(train.epochs * passes), 1)})
+    elif train.steps is None:
         assert budget is not None
         seconds = seconds or clock(model, train, context)
         affordable = int(budget * SHARE_FOR_STEPS / seconds)
         evaluations = _evaluations(train, model, seconds, budget * (1 - SHARE_FOR_STEPS))
-        useful = math.ceil(PASSES * train_tokens / (batch * context))
+        useful = math.ceil((PASSES if facts.rows is None else ROW_PASSES) * passes)
         train = train.model_copy(update={"steps": max(min(affordable, useful), 1)})
-    train = _intervals(train, evaluations)
+    train = _intervals(train, evaluations, TUNING_WARMUP if facts.base is not None else 0.02)
     data = run.data.model_copy(update={"context": context})
     fields = model.model_dump(mode="json")
     return model, run.model_copy(update={"model": fields, "train": train, "data": data})
+
+
+def _tuned(run: RunConfig) -> RunConfig:
+    """The numbers of fine-tuning, where the user has not said others."""
+    lion = {"lr": LION_SHARE * TUNING["lr"], "beta2": LION_BETA2} if run.train.optimizer == "lion" else {}
+    fields = {**TUNING, **lion}
+    open_fields = {key: value for key, value in fields.items() if key not in run.train.model_fields_set}
+    return run.model_copy(update={"train": run.train.model_copy(update=open_fields)})
 
 
 def _fastest(
@@ -146,13 +199,11 @@ def _rate(probe: Probe | None) -> float:
     return 0.6 * probe.peak() if probe is not None else 5e10
 
 
-def _model(
-    run: RunConfig, vocab_size: int, context: int, train_tokens: int, budget: float | None, rate: float
-) -> ModelConfig:
+def _model(run: RunConfig, facts: Facts, context: int, budget: float | None, rate: float) -> ModelConfig:
     given = dict(run.model)
     depth = given.pop("depth", None)
     if "d_model" not in given and "n_layers" not in given and depth is None:
-        depth = 4 if budget is None else _depth(vocab_size, context, train_tokens, budget * rate)
+        depth = 4 if budget is None else _depth(facts, budget * rate)
     sizes: dict[str, Any] = {}
     if depth is not None:
         sizes = {"d_model": WIDTH_PER_LAYER * depth, "n_layers": depth, "n_heads": max(depth, 1)}
@@ -161,8 +212,7 @@ def _model(
     else:
         width = WIDTH_PER_LAYER * given["n_layers"]
         sizes = {"d_model": width, "n_heads": _heads(width)}
-    fields = {"vocab_size": vocab_size, "max_len": context}
-    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, **fields}), given))
+    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, "max_len": context, **facts.fields}), given))
 
 
 def _heads(width: int) -> int:
@@ -187,27 +237,28 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _depth(vocab_size: int, context: int, train_tokens: int, flops: float) -> int:
+def _depth(facts: Facts, flops: float) -> int:
     """The deepest model that still sees TOKENS_PER_PARAMETER tokens per parameter in the budget."""
     best = DEPTHS[0]
     for depth in DEPTHS:
         width = WIDTH_PER_LAYER * depth
-        matrices = 12 * depth * width**2 + vocab_size * width
-        tokens = min(flops / (6 * matrices), PASSES * train_tokens)
+        matrices = 12 * depth * width**2 + facts.fields.get("vocab_size", 0) * width
+        tokens = min(flops / (6 * matrices), PASSES * facts.tokens)
         if tokens >= TOKENS_PER_PARAMETER * matrices:
             best = depth
     return best
 
 
 def _expected_tokens(
-    run: RunConfig, model: ModelConfig, context: int, train_tokens: int, budget: float | None, probe: Probe | None
+    run: RunConfig, model: ModelConfig, facts: Facts, length: int, budget: float | None, probe: Probe | None
 ) -> float:
     """Tokens that the run will see, before its speed is measured."""
     if run.train.steps is not None or budget is None:
-        return float((run.train.steps or 1) * 16 * context)
+        steps = run.train.steps or 1
+        return float(steps * 16 * length) if run.train.epochs is None else run.train.epochs * facts.tokens
     matrices = model.n_layers * (2 * model.d_model * (model.n_heads + model.n_kv_heads) * model.d_head)
     matrices += model.n_layers * 2 * model.d_model * model.d_ff + model.d_model * model.vocab_size
-    return min(budget * _rate(probe) / (6 * matrices), PASSES * train_tokens)
+    return min(budget * _rate(probe) / (6 * matrices), PASSES * facts.tokens)
 
 
 def _batch_size(tokens: float, context: int) -> int:
@@ -217,9 +268,10 @@ def _batch_size(tokens: float, context: int) -> int:
 
 
 def _rates(train: Train, model: ModelConfig) -> Train:
-    base = TABLE_RATE if train.optimizer == "muon" else ADAMW_RATE
+    base = {"muon": TABLE_RATE, "lion": LION_SHARE * ADAMW_RATE}.get(train.optimizer, ADAMW_RATE)
     lr = train.lr or base * math.sqrt(128 / model.d_model)
-    return train.model_copy(update={"lr": lr, "muon_lr": train.muon_lr or MUON_RATE})
+    beta2 = LION_BETA2 if train.optimizer == "lion" and "beta2" not in train.model_fields_set else train.beta2
+    return train.model_copy(update={"lr": lr, "muon_lr": train.muon_lr or MUON_RATE, "beta2": beta2})
 
 
 def _evaluations(train: Train, model: ModelConfig, seconds: float, budget: float) -> int:
@@ -231,10 +283,10 @@ def _evaluations(train: Train, model: ModelConfig, seconds: float, budget: float
     return min(max(int(budget / (passes + train.sample_tokens * model.n_layers * LAYER_CALL)), 1), EVALUATIONS)
 
 
-def _intervals(train: Train, evaluations: int) -> Train:
-    """Warmup of 2 % (at least 10 steps, at most a quarter), the evaluations, four checkpoints."""
+def _intervals(train: Train, evaluations: int, warmup_share: float) -> Train:
+    """Warmup of a share of the steps (at least 10 steps, at most a quarter), the evaluations, four checkpoints."""
     steps = train.steps or 1
-    warmup = train.warmup if train.warmup is not None else min(max(10, steps // 50), steps // 4)
+    warmup = train.warmup if train.warmup is not None else min(max(10, round(steps * warmup_share)), steps // 4)
     return train.model_copy(
         update={
             "warmup": warmup,

@@ -1,0 +1,178 @@
+"""Examples on disk: columns of different lengths as flat arrays with offsets, encoded once and memory-mapped.
+
+    folder/examples.safetensors    train.input_ids.values, train.input_ids.ends, ..., valid...
+    folder/manifest.json           what it was made of (files, tokenizer, form, lengths), its hash, what was cut
+
+The same files, tokenizer and lengths open what was built before. Files keep their side of the split: by `valid_path`,
+or by the hash of what an example is about (forms.split_key), so that no question stands on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headway import files
+from headway.checkpoints.tensors import read_tensors, write_tensors
+from headway.data.encode import Coder, Encode, Encoded, Losses
+from headway.errors import InputError
+from headway.strict import dump_json, strict_json
+
+TENSORS, META = "examples.safetensors", "manifest.json"
+_VERSION = 1
+
+
+class Column:
+    """A list of sequences of different lengths: item i is values[ends[i-1]:ends[i]]."""
+
+    def __init__(self, values: NDArray[Any], ends: NDArray[np.int64]) -> None:
+        self.values, self.ends = values, ends
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int] | Sequence[float]]) -> Column:
+        """Gather rows; floats stay floats."""
+        kept = [np.asarray(row, dtype=np.float32 if row and isinstance(row[0], float) else np.int32) for row in rows]
+        lengths = np.array([len(row) for row in kept], dtype=np.int64)
+        return cls(np.concatenate(kept) if kept else np.zeros(0, np.int32), lengths.cumsum())
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        return self.values[(self.ends[number - 1] if number else 0) : self.ends[number]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How long each item is."""
+        return np.diff(self.ends, prepend=0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One side of a data set, encoded.
+
+    Attributes:
+        columns: by name; all of one length.
+        hash: of what they were made of.
+    """
+
+    columns: Mapping[str, Column]
+    hash: str
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The longest column of each example: what padding is measured by."""
+        inputs = [column.lengths for name, column in self.columns.items() if name != "labels" or len(self.columns) == 1]
+        return np.max(inputs, axis=0) if inputs else np.zeros(0, np.int64)
+
+    @property
+    def tokens(self) -> int:
+        """Ids of all inputs."""
+        return int(self.columns["input_ids"].lengths.sum())
+
+    def batch(self, ids: Sequence[int], pads: Mapping[str, int]) -> dict[str, Tensor]:
+        """The model's arguments for these examples.
+
+        A column in `pads` is padded to its longest row with that value; the others have equal lengths, and length one
+        loses its dimension. `attention_mask` is there if input_ids were padded.
+        """
+        out: dict[str, Tensor] = {}
+        for name, column in self.columns.items():
+            rows = [column[number] for number in ids]
+            if name not in pads:
+                stacked = torch.from_numpy(np.stack(rows))
+                stacked = stacked if stacked.is_floating_point() else stacked.long()
+                out[name] = stacked[:, 0] if stacked.shape[1] == 1 else stacked
+                continue
+            longest = max(map(len, rows))
+            table = np.full((len(rows), longest), pads[name], dtype=np.int64)
+            for place, row in enumerate(rows):
+                table[place, : len(row)] = row
+            out[name] = torch.from_numpy(table)
+            if name == "input_ids" and min(map(len, rows)) < longest:
+                sizes = torch.tensor([len(row) for row in rows])
+                out["attention_mask"] = torch.arange(longest)[None] < sizes[:, None]
+        return out
+
+
+def encode_all(examples: Iterable[Any], encode: Encode, coder: Coder, losses: Losses) -> Iterator[Encoded]:
+    """Every example through the encoder; what was cut is counted in `losses`."""
+    for example in examples:
+        for one in encode(example, coder):
+            losses.see(one)
+            yield one
+
+
+def gather(encoded: Iterable[Encoded], made_of: str) -> Examples:
+    """Encoded examples as columns."""
+    rows = [one.columns for one in encoded]
+    names = list(rows[0]) if rows else ["input_ids", "labels"]
+    columns = {name: Column.of(row[name] for row in rows) for name in names}
+    return Examples(columns, made_of)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sides and what the user should know about them."""
+
+    train: Examples
+    valid: Examples
+    lines: list[str]
+
+
+def prepare_examples(made_of: Mapping[str, object], folder: Path, build: Callable[[str], Sides]) -> Sides:
+    """Open the examples made of exactly this, or build and keep them.
+
+    Args:
+        made_of: JSON values that name everything the numbers depend on.
+        folder: holds one sub-folder per `made_of`.
+        build: makes both sides; given the hash of `made_of`.
+
+    Raises MachineError if the disk refuses, InputError from `build`.
+    """
+    key = hashlib.sha256(dump_json({"version": _VERSION, **made_of}, sort_keys=True).encode()).hexdigest()
+    target = folder / key[:32]
+    ready = _open(target, key)
+    if ready is not None:
+        return ready
+    built = build(key)
+    tensors = {
+        f"{side}.{name}.{part}": torch.from_numpy(values)
+        for side, examples in (("train", built.train), ("valid", built.valid))
+        for name, column in examples.columns.items()
+        for part, values in (("values", column.values), ("ends", column.ends))
+    }
+    with files.replacing_folder(target, (META,)) as place:
+        files.write(place / TENSORS, write_tensors(tensors))
+        files.write(place / META, [dump_json({"hash": key, "lines": built.lines}).encode()])
+    return built
+
+
+def _open(target: Path, key: str) -> Sides | None:
+    """What was built before, None if it is not there or not whole: then it is built again."""
+    if not (target / META).is_file():
+        return None
+    try:
+        said = strict_json(files.read_bytes(target / META), str(target / META))
+        tensors = read_tensors(target / TENSORS)
+        if not isinstance(said, dict) or said.get("hash") != key:
+            return None
+        sides = {}
+        for side in ("train", "valid"):
+            names = {name.split(".")[1] for name in tensors if name.startswith(f"{side}.")}
+            parts = {n: (tensors[f"{side}.{n}.values"].numpy(), tensors[f"{side}.{n}.ends"].numpy()) for n in names}
+            sides[side] = Examples({name: Column(*both) for name, both in sorted(parts.items())}, key)
+        return Sides(sides["train"], sides["valid"], [str(line) for line in said["lines"]])
+    except (InputError, KeyError):
+        return None

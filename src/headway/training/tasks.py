@@ -1,0 +1,193 @@
+"""Every objective on examples, in one table: which models can have it, what it reads, which head it needs.
+
+    objective                   reads       a new model is   labels
+    causal-lm                   Pair, Chat  decoder          the answer's tokens, one by one
+    seq2seq                     Pair        encoder-decoder  the target's tokens
+    sequence-classification     Labelled    encoder          a class, several classes, or a number
+    token-classification        Tagged      encoder          a class at each word's first token
+    span                        Question    encoder          the first and the last token of the answer
+    contrastive                 Pair        encoder          the pair's number, at both its texts
+
+Objectives on running text are in objectives.py (windows), images in pictures.py; all of them end as a BatchSource.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.data.batches import IGNORE
+from headway.data.encode import (
+    Coder,
+    Encode,
+    Encoded,
+    answered,
+    completion,
+    dialogue,
+    framed,
+    labelled,
+    tagged,
+    translation,
+)
+from headway.data.examples import Examples
+from headway.data.forms import Chat, Example, Labelled, Pair, Question, Tagged
+from headway.errors import ConfigError, InputError
+from headway.training.objectives import ShuffledExamples, TrainingBatch
+
+SECOND = "second_ids"  # the column of a pair's other text
+
+
+class Classes(NamedTuple):
+    """What the labels of a data set are: their names, sorted, or a number."""
+
+    names: tuple[str, ...]
+    problem: str = "single"
+
+
+@dataclass(frozen=True)
+class Task:
+    """An objective on examples.
+
+    Attributes:
+        kinds: of models that can have it; the first is that of a new model.
+        encode: how each form of example becomes columns.
+        head: the head's type; None keeps the model's own language-model head.
+        sequence_labels: labels are padded with -100 like the input; else they have one size.
+    """
+
+    kinds: tuple[str, ...]
+    encode: Mapping[type, Encode]
+    head: str | None
+    sequence_labels: bool = False
+
+
+def paired(pair: Pair, coder: Coder) -> Iterator[Encoded]:
+    """Two texts that belong together, each on its own."""
+    words = coder.tokenizer
+    first, _, cut = framed(words.encode(pair.source), None, coder)
+    second, _, more = framed(words.encode(pair.target), None, coder)
+    yield Encoded({"input_ids": first["input_ids"], SECOND: second["input_ids"]}, pair.where, cut + more)
+
+
+TASKS: Mapping[str, Task] = {
+    "causal-lm": Task(("decoder",), {Pair: completion, Chat: dialogue}, None, True),
+    "seq2seq": Task(("encoder-decoder",), {Pair: translation}, None, True),
+    "sequence-classification": Task(("encoder", "decoder"), {Labelled: labelled}, "sequence-classification"),
+    "token-classification": Task(("encoder", "decoder"), {Tagged: tagged}, "token-classification", True),
+    "span": Task(("encoder",), {Question: answered}, "span"),
+    "contrastive": Task(("encoder", "decoder"), {Pair: paired}, "pooled-embedding"),
+}
+# What an example asks for where nobody names an objective; of several the first that the model's kind can have.
+BY_FORM: Mapping[type, tuple[str, ...]] = {
+    Pair: ("seq2seq", "causal-lm", "contrastive"),
+    Chat: ("causal-lm",),
+    Labelled: ("sequence-classification",),
+    Tagged: ("token-classification",),
+    Question: ("span",),
+}
+
+
+def choose(form: type, objective: str | None, kind: str | None, where: str) -> tuple[str, Task]:
+    """The objective for examples of a form and a model of a kind (None: a new one, of any).
+
+    Raises ConfigError where they do not go together.
+    """
+    names = [objective] if objective is not None else list(BY_FORM.get(form, ()))
+    for name in names:
+        task = TASKS.get(name)
+        if task is not None and form in task.encode and kind in (None, *task.kinds):
+            return name, task
+    fitting = [name for name, task in TASKS.items() if form in task.encode and kind in (None, *task.kinds)]
+    found = f"{objective or 'none named'} for rows of {form.__name__}" + (f" and kind {kind}" if kind else "")
+    raise ConfigError("objective", f"{found} ({where})", " or ".join(fitting) or "other data, or another kind of model")
+
+
+def classes_of(examples: Iterable[Example], known: tuple[str, ...]) -> Classes:
+    """The classes that the labels of examples name; `known` fixes their order. Raises InputError for one not in it."""
+    names: set[str] = set()
+    problem = "single"
+    for example in examples:
+        if isinstance(example, Tagged):
+            names.update(example.tags)
+        elif isinstance(example, Labelled):
+            if isinstance(example.label, float):
+                return Classes((), "regression")
+            some = (example.label,) if isinstance(example.label, str) else example.label
+            problem = problem if isinstance(example.label, str) else "multi"
+            names.update(some)
+    strange = sorted(names - set(known))
+    if known and strange:
+        raise InputError("data.labels", f"the data has {', '.join(strange)[:200]}", f"one of {', '.join(known)[:200]}")
+    return Classes(known or tuple(sorted(names, key=_natural)), problem)
+
+
+def _natural(name: str) -> tuple[bool, float, str]:
+    """Numbers in their order, before words."""
+    return (not name.isdecimal(), float(name) if name.isdecimal() else 0.0, name)
+
+
+def head_fields(task: Task, classes: Classes, old: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The head's fields; `old` is a published model's head, whose way of pooling is kept."""
+    if task.head is None:
+        return None
+    if old is not None and old["type"] == task.head and task.head not in ("sequence-classification",):
+        return dict(old) | ({"labels": len(classes.names)} if "labels" in old else {})
+    out: dict[str, Any] = {"type": task.head}
+    if task.head in ("sequence-classification", "pooled-embedding"):
+        out["pooling"] = (old or {}).get("pooling", "mean")
+    if task.head == "sequence-classification":
+        out |= {"labels": len(classes.names) or 1, "problem": classes.problem}
+        out |= {key: old[key] for key in ("transform",) if old and old["type"] == task.head and key in old}
+    if task.head == "token-classification":
+        out["labels"] = len(classes.names)
+    return out
+
+
+class ExampleBatches:
+    """How examples become a model's arguments: one collation for training and evaluation."""
+
+    def __init__(self, examples: Examples, task: Task, pad: int) -> None:
+        self.examples = examples
+        self._pads = {"input_ids": pad, SECOND: pad, "token_types": 0}
+        self._pads |= {"labels": IGNORE} if task.sequence_labels else {}
+
+    def collate(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """These examples; a pair becomes two rows, one behind the other, with its number as label."""
+        inputs = self.examples.batch(ids, self._pads)
+        if SECOND not in inputs:
+            return inputs
+        return _interleaved(inputs, self._pads["input_ids"], self.examples, ids)
+
+    def shuffled(self, batch_size: int, seed: int, tokenizer_hash: str) -> ShuffledExamples[int]:
+        """The endless stream for training, rows of similar lengths together."""
+        identity = {"data": self.examples.hash, "tokenizer": tokenizer_hash}
+        numbers = range(len(self.examples))
+        lengths = self.examples.lengths
+        return ShuffledExamples(numbers, lambda ids, _: self.collate(ids), batch_size, seed, identity, lengths)
+
+    def in_order(self, batch_size: int, limit: int) -> Iterator[TrainingBatch]:
+        """The same `limit` examples every time, spread over all of them, longest first."""
+        count = min(limit, len(self.examples))
+        chosen = [place * len(self.examples) // count for place in range(count)]
+        lengths = self.examples.lengths
+        chosen.sort(key=lambda number: -int(lengths[number]))
+        for begin in range(0, count, batch_size):
+            ids = chosen[begin : begin + batch_size]
+            yield TrainingBatch(self.collate(ids), ids)
+
+
+def _interleaved(inputs: dict[str, Tensor], pad: int, examples: Examples, ids: Sequence[int]) -> dict[str, Tensor]:
+    first, second = inputs["input_ids"], inputs[SECOND]
+    longest = max(first.shape[1], second.shape[1])
+    sides = [torch.nn.functional.pad(side, (0, longest - side.shape[1]), value=pad) for side in (first, second)]
+    sizes = torch.tensor([[len(examples.columns[name][i]) for name in ("input_ids", SECOND)] for i in ids]).flatten()
+    table = torch.stack(sides, 1).flatten(0, 1)
+    return {
+        "input_ids": table,
+        "attention_mask": torch.arange(longest)[None] < sizes[:, None],
+        "labels": torch.arange(len(ids)).repeat_interleave(2),
+    }
