@@ -89,7 +89,11 @@ def test_spans_can_be_put_back(length: int, rate: float, mean: float, seed: int)
     assert (inputs[:, -1] == END).all() and (labels[:, -1] == END).all()
     for row in range(len(ids)):
         assert put_back(inputs[row, :-1], labels[row, :-1]) == ids[row].tolist()
-        assert [x for x in inputs[row] if x >= 100] == [x for x in labels[row] if x >= 100] == list(range(100, 100 + spans))
+        assert (
+            [x for x in inputs[row] if x >= 100]
+            == [x for x in labels[row] if x >= 100]
+            == list(range(100, 100 + spans))
+        )
 
 
 def put_back(inputs: np.ndarray, labels: np.ndarray) -> list[int]:
