@@ -23,9 +23,9 @@ from headway.text.tokenizer import Tokenizer
 
 # For a tokenizer that came without a template: roles in words, every turn closed by the end token.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}Assistant: {% generation %}{{ m.content }}{{ eos_token }}"
-    "{% endgeneration %}{% else %}{{ m.role | capitalize }}: {{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}Assistant:\n{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.role | capitalize }}:\n{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 WINDOW_STRIDE = 2  # a context too long for one window is read in windows that overlap by half
 
@@ -82,8 +82,8 @@ class Coder:
 def read_by_decoder(prompt: Sequence[int], answer: Sequence[int], coder: Coder, where: str) -> Encoded:
     """One row for next-token prediction in which only `answer` is learned. The prompt loses its beginning first."""
     room = coder.max_len + 1
-    kept = list(answer[:room])
-    before = list(prompt[max(0, len(prompt) - (room - len(kept))) :]) if room > len(kept) else []
+    kept = list(answer[: room - bool(prompt)])  # the answer's first token needs something to follow from
+    before = list(prompt[-(room - len(kept)) :])
     ids = [*before, *kept]
     labels = [IGNORE] * (len(before) - 1) + kept if before else kept[1:]
     lost = len(answer) - len(kept)
