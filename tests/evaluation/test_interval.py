@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from headway.evaluation import Interval, ratio_interval
+from headway.errors import InputError
+from headway.evaluation import Interval, bootstrap, interval, ratio_interval
 
 
 def test_a_mean_has_the_interval_of_the_normal_law():
@@ -58,3 +59,52 @@ def test_one_unit_has_no_interval():
 def test_many_units_take_bounded_memory():
     found = ratio_interval([1.0] * 100_000, [2.0] * 100_000)
     assert found.value == found.low == found.high == 0.5
+
+
+def test_units_of_a_kind_are_drawn_as_units_are():
+    """70 of 100 right, as 100 units and as two kinds: other random numbers, one law."""
+    right = np.repeat([1.0, 0.0], [70, 30])
+    apart = bootstrap(np.ones(100, int), lambda counts: counts @ right / 100)
+    together = bootstrap([70, 30], lambda counts: counts[:, 0] / counts.sum(1))
+    assert (apart.value, apart.n) == (together.value, together.n) == (0.7, 100)
+    half = 1.96 * math.sqrt(0.7 * 0.3 / 100)
+    for found in (apart, together):
+        assert found.low == pytest.approx(0.7 - half, abs=0.2 * half)
+        assert found.high == pytest.approx(0.7 + half, abs=0.2 * half)
+
+
+@pytest.mark.parametrize("kinds", [3, 1000, 300_000])
+def test_every_resample_has_as_many_units_and_memory_is_bounded(monkeypatch, kinds):
+    monkeypatch.setattr(interval, "RESAMPLES", 100)
+    seen = []
+
+    def statistic(counts):
+        seen.append(counts.shape)
+        assert (counts.sum(1) == 2 * kinds).all() and counts.dtype == np.float64
+        return counts[:, 0]
+
+    bootstrap(np.full(kinds, 2), statistic)
+    assert seen[0] == (1, kinds) and sum(rows for rows, _ in seen[1:]) == 100
+    assert all(rows * kinds <= interval._BLOCK for rows, _ in seen)
+    assert len(seen) == (2 if kinds <= 1000 else 9)
+
+
+def test_resamples_that_leave_the_figure_undefined_are_left_out():
+    """A ratio whose bottom is one unit of three: 30 % of resamples lack it, the others all give 2."""
+    assert ratio_interval([0.0, 0.0, 2.0], [0.0, 0.0, 1.0]) == (2.0, 2.0, 2.0, 3)
+    # Without the rule they would count as 0, and the lower bound with them.
+    tops, bottoms = np.array([0.0, 0.0, 2.0]), np.array([0.0, 0.0, 1.0])
+    as_zero = bootstrap([1, 1, 1], lambda counts: interval.ratio(counts @ tops, counts @ bottoms, 0.0))
+    assert as_zero == (2.0, 0.0, 2.0, 3)
+    # Where no resample defines it there are no bounds.
+    nowhere = bootstrap([1] * 9, lambda counts: np.where(len(counts) == 1, 1.0, np.full(len(counts), np.nan)))
+    assert nowhere == (1.0, None, None, 9)
+
+
+def test_no_units_and_undefined_figures_are_refused():
+    with pytest.raises(InputError, match="data: 0 units; expected one or more"):
+        ratio_interval([], [])
+    with pytest.raises(InputError, match="data: nan is what comes out of 2 units"):
+        ratio_interval([1.0, 2.0], [0.0, 0.0])
+    with pytest.raises(InputError, match="inf is what comes out"):
+        ratio_interval([math.inf, 2.0], [1.0, 1.0])

@@ -1,6 +1,68 @@
 """Metrics with intervals, and the tasks they measure."""
 
-from headway.evaluation.interval import Interval, ratio_interval
+from headway.evaluation.interval import Interval, Measured, bootstrap, ratio_interval
+from headway.evaluation.metrics import (
+    METRICS,
+    Metric,
+    accuracy,
+    f1,
+    f1_per_class,
+    mcc,
+    mean_squared_error,
+    measure,
+    mrr,
+    multilabel_f1,
+    pearson,
+    recall_at_k,
+    spearman,
+    subset_accuracy,
+    top_k_accuracy,
+)
 from headway.evaluation.perplexity import Perplexity, TextTokens, perplexity
+from headway.evaluation.text_metrics import (
+    bleu,
+    chrf,
+    exact_match,
+    rouge,
+    span_f1,
+    spans,
+    squad_exact_match,
+    squad_f1,
+    squad_normal,
+    token_accuracy,
+)
 
-__all__ = ["Interval", "Perplexity", "TextTokens", "perplexity", "ratio_interval"]
+__all__ = [
+    "METRICS",
+    "Interval",
+    "Measured",
+    "Metric",
+    "Perplexity",
+    "TextTokens",
+    "accuracy",
+    "bleu",
+    "bootstrap",
+    "chrf",
+    "exact_match",
+    "f1",
+    "f1_per_class",
+    "mcc",
+    "mean_squared_error",
+    "measure",
+    "mrr",
+    "multilabel_f1",
+    "pearson",
+    "perplexity",
+    "ratio_interval",
+    "recall_at_k",
+    "rouge",
+    "span_f1",
+    "spans",
+    "spearman",
+    "squad_exact_match",
+    "squad_f1",
+    "squad_normal",
+    "subset_accuracy",
+    "token_accuracy",
+    "top_k_accuracy",
+]
