@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,8 +85,8 @@ def assess(loaded: loading.Loaded, data: str, metrics: Sequence[str] = (), how: 
 
 def class_names(loaded: loading.Loaded) -> tuple[str, ...]:
     """The classes of a model: a run's `data.labels`, or a published model's id2label."""
-    place = loaded.path / CONFIG
-    if loaded.form == "run" and place.is_file():
+    places = [folder / CONFIG for folder in (loaded.path, loaded.path.parent.parent)]  # a run, or a checkpoint of one
+    for place in filter(Path.is_file, places if loaded.form == "run" else ()):
         return load_run([place], (), {}).run.data.labels
     names = loaded.raw.get("id2label")
     return tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else ()

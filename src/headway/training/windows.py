@@ -57,14 +57,14 @@ def window_of(objective: rc.Objective, context: int) -> int:
     """Tokens of text in a window whose corrupted form has at most `context` positions."""
     if isinstance(objective, rc.SpanCorruption):
         return text_length(context, objective.rate, objective.mean_span)
-    return context
+    return context - 1 if isinstance(objective, rc.Denoising) else context  # the target is the text and an end token
 
 
 def target_of(objective: rc.Objective, context: int) -> int:
     """Positions of the longest target: what an encoder-decoder's decoder must hold."""
     if isinstance(objective, rc.SpanCorruption):
         return sum(span_counts(window_of(objective, context), objective.rate, objective.mean_span)) + 1
-    return context + 1
+    return context
 
 
 def corruption(objective: rc.Objective, tokenizer: Tokenizer) -> Corrupt | None:
