@@ -38,6 +38,10 @@ class Options(Common):
     overwrite: Annotated[bool, option("--overwrite", help="Throw away a run that is in the folder.")] = False
     force: Annotated[bool, option("--force", help="Take over a lock that another host left.")] = False
     dry_run: Annotated[bool, option("--dry-run", help="Show what would be trained, and stop.")] = False
+    show_batch: Annotated[
+        bool,
+        option("--show-batch", help="Show the first batch and what is learned in it, and stop; FILE.html: as a page."),
+    ] = False
     print_config: Annotated[bool, option("--print-config", help="Show every key, its value and where it is from.")] = (
         False
     )
@@ -69,7 +73,7 @@ def _places(options: Options) -> tuple[list[Path], str | None]:
     configs = [Path(name) for name in options.config or []]
     folder = None
     for word in options.paths:
-        if word == "auto" and options.resume:
+        if (word == "auto" and options.resume) or (word.endswith(".html") and options.show_batch):
             continue
         if word.endswith((".yaml", ".yml", ".json")):
             configs.append(Path(word))
@@ -113,14 +117,25 @@ def run(options: Options) -> None:
     from headway.cli.display import Display
     from headway.launch import Launch, train
 
-    how = Launch(resume, options.override, options.overwrite, options.force, options.dry_run)
+    how = Launch(resume, options.override, options.overwrite, options.force, options.dry_run or options.show_batch)
     with Display() as display:
         done = train(resolved.run, how, display)
+    if options.show_batch:
+        _show_batch(done, next((word for word in options.paths if word.endswith(".html")), ""), printer)
     printer.result(summary(done))
     if done.result is not None:
         _next(printer, done)
     else:
         printer.say("nothing was trained (--dry-run)")
+
+
+def _show_batch(done: RunResult, where: str, printer: Printer) -> None:
+    from headway.cli.show_batch import show
+
+    made, run, model = done.plan.material, done.plan.run, done.plan.model
+    batch = made.source(model, run).batch(0)
+    shifted = model.kind == "decoder" and model.head.type == "causal-lm"
+    show(batch, made.tokenizer, run.data.labels, shifted, where, printer)
 
 
 def summary(done: RunResult) -> dict[str, object]:
