@@ -19,7 +19,10 @@ from torch import Tensor
 
 from headway.checkpoints.folder import list_checkpoints, verify
 from headway.checkpoints.tensors import read_tensors
+from headway.cost import parameters as parameters_of
 from headway.errors import DivergedError, MachineError
+from headway.nn import Transformer
+from headway.nn.heads import LOGIT_BYTES
 from headway.strict import strict_json
 from headway.training import guards, loop
 from headway.training.events import CheckpointEvent, StepEvent, WarningEvent
@@ -36,21 +39,18 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def poison(trainer: Trainer, what: str, steps: range = range(BAD_STEP, BAD_STEP + 1)) -> None:
     """Put a NaN or infinity into the loss, a gradient or the hidden states of the given steps (from 1)."""
-    forward = trainer.model.forward
+    original = trainer.model.loss
 
-    def wrong(*args: object, **kwargs: object) -> object:
-        output = forward(*args, **kwargs)  # type: ignore[arg-type]
+    def wrong(**inputs: Tensor) -> Tensor:
+        loss = original(**inputs)
         if trainer.progress.step + 1 not in steps or not trainer.model.training:
-            return output
-        assert output.loss is not None
+            return loss
         if what == "gradient":
             weight = next(trainer.model.parameters())
-            loss = output.loss + (weight - weight.detach()).sum().clamp(min=0).sqrt()  # 0, but its gradient is inf
-        else:
-            loss = output.loss * {"loss": math.nan, "infinity": math.inf}[what]
-        return output._replace(loss=loss)
+            return loss + (weight - weight.detach()).sum().clamp(min=0).sqrt()  # 0, but its gradient is inf
+        return loss * {"loss": math.nan, "infinity": math.inf}[what]
 
-    trainer.model.forward = wrong  # type: ignore[method-assign]
+    trainer.model.loss = wrong  # type: ignore[assignment]
 
 
 def poison_input(trainer: Trainer) -> None:
@@ -148,13 +148,12 @@ def test_a_level_that_has_risen_is_accepted_in_the_end() -> None:
 def test_a_spike_is_recorded_and_skipped_only_on_demand(tmp_path: Path, policy: str) -> None:
     run = Run(tmp_path, train_config(steps=22, on_spike=policy, lr=1e-5, muon_lr=1e-5))
     trainer = run.trainer()
-    forward = trainer.model.forward
+    loss = trainer.model.loss
 
-    def spiking(*args: object, **kwargs: object) -> object:
-        output = forward(*args, **kwargs)  # type: ignore[arg-type]
-        return output._replace(loss=output.loss * (9 if trainer.progress.step + 1 == 20 else 1))
+    def spiking(**inputs: Tensor) -> Tensor:
+        return loss(**inputs) * (9 if trainer.progress.step + 1 == 20 else 1)
 
-    trainer.model.forward = spiking  # type: ignore[method-assign]
+    trainer.model.loss = spiking  # type: ignore[assignment]
     result = trainer.fit()
     assert (result.spikes, result.skipped) == (1, int(policy == "skip"))
     warning = run.said(WarningEvent)[0]
@@ -167,14 +166,14 @@ def test_a_spike_is_recorded_and_skipped_only_on_demand(tmp_path: Path, policy: 
 
 
 def fail_at(trainer: Trainer, step: int, make: Callable[[], BaseException]) -> None:
-    forward = trainer.model.forward
+    loss = trainer.model.loss
 
-    def failing(*args: object, **kwargs: object) -> object:
+    def failing(**inputs: Tensor) -> Tensor:
         if trainer.progress.step + 1 == step and trainer.model.training:
             raise make()
-        return forward(*args, **kwargs)  # type: ignore[arg-type]
+        return loss(**inputs)
 
-    trainer.model.forward = failing  # type: ignore[method-assign]
+    trainer.model.loss = failing  # type: ignore[assignment]
 
 
 @pytest.mark.fault("R3")
@@ -205,18 +204,34 @@ def test_out_of_memory_names_an_estimate_and_a_fix(tmp_path: Path, make: Callabl
 
 
 @pytest.mark.fault("R3")
-def test_the_first_fix_is_more_passes_then_a_shorter_context() -> None:
-    fixes = {
-        passes: guards.out_of_memory(1, {"weights": 1}, 12, passes).fix.split(" ")[0] for passes in (1, 2, 4, 5, 6, 12)
-    }
-    assert fixes == {
+def test_the_first_fix_is_more_passes_then_recomputing_then_a_shorter_context() -> None:
+    def fix(passes: int, recompute: bool = False) -> str:
+        train = train_config(batch_size=12, accumulation=passes, checkpoint_activations=recompute)
+        return guards.out_of_memory(1, {"weights": 1}, train).fix.split(" ")[0]
+
+    assert fix(12, True) == "a" and fix(6, True) == fix(6)
+    assert {passes: fix(passes) for passes in (1, 2, 4, 5, 6, 12)} == {
         1: "train.accumulation=2",
         2: "train.accumulation=4",
         4: "train.accumulation=12",
         5: "train.accumulation=12",
         6: "train.accumulation=12",
-        12: "a",
+        12: "train.checkpoint_activations=true",
     }
+
+
+@pytest.mark.fault("R3")
+def test_the_estimate_knows_what_saves_memory() -> None:
+    config = model_config(d_model=64, n_layers=4, vocab_size=50_000)
+    parameters = list(Transformer.blank(config).parameters())
+    plain = guards.estimate_memory(config, train_config(batch_size=64, accumulation=2), parameters, 512)
+    assert set(plain) == {"weights", "gradients", "optimizer", "activations", "loss"}
+    assert plain["weights"] == 4 * sum(parameters_of(config).values())
+    assert plain["loss"] < 3 * LOGIT_BYTES < 32 * 512 * 50_000 * 4  # the logits of a pass
+    fields = {"checkpoint_activations": True, "ema": 0.9, "optimizer": "lion"}
+    less = guards.estimate_memory(config, train_config(batch_size=64, accumulation=2, **fields), parameters, 512)
+    assert 3 * less["activations"] < plain["activations"] == 32 * 512 * 4 * 4 * (10 * 64 + 4 * 256)
+    assert less["average"] == less["optimizer"] == less["weights"]
 
 
 @pytest.mark.fault("R3")

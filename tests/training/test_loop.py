@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_runs import Run, T, checkpoint_bytes, model_config, source, train_config, valid, weights
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from headway.config import ModelConfig
 from headway.errors import BugError, ConfigError
-from headway.nn import Transformer
+from headway.nn import Transformer, heads, stack
+from headway.nn.block import Block
 from headway.training.evaluate import evaluate
 from headway.training.events import CheckpointEvent, EvalEvent, StepEvent
-from headway.training.loop import Hooks, Trainer
+from headway.training.loop import Hooks, Trainer, configure
 from headway.training.objectives import IGNORED, ShuffledExamples, TrainingBatch
 from headway.training.schedules import scale
 
@@ -245,6 +250,100 @@ def test_a_run_folder_holds_what_it_should(tmp_path: Path) -> None:
         "state.json",
     ]
     assert [event.step for event in run.said(CheckpointEvent)] == [2, 4, 6]
+
+
+class BlockCalls:
+    """How often the blocks of a model run."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.count = 0
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.register_forward_pre_hook(self.add)  # the second run ends early
+
+    def add(self, *given: object) -> None:
+        self.count += 1
+
+
+def gradients(model: Transformer, inputs: dict[str, Tensor], recompute: bool) -> tuple[Tensor, list[Tensor], int]:
+    """Loss, gradients, and runs of a block per block, from one seed."""
+    configure(model, train_config(checkpoint_activations=recompute))
+    calls = BlockCalls(model)
+    torch.manual_seed(5)
+    loss = model.loss(**inputs)
+    found = list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    return loss.detach(), [g for g in found if g is not None], calls.count
+
+
+RECOMPUTED: dict[str, dict[str, object]] = {
+    "decoder": {"attention": {"dropout": 0.2}},
+    "relative": {"positions": "relative"},
+    "experts": {"feed_forward": {"activation": "gelu", "experts": {"experts": 4, "top_k": 2}}},
+    "encoder-decoder": {"kind": "encoder-decoder", "tokens": {"decoder_start": 0}},
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed_activations_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Transformer(model_config(n_layers=3, dropout=0.3, **RECOMPUTED[name])).train()
+    blocks = sum(isinstance(module, Block) for module in model.modules())
+    inputs = {"input_ids": torch.randint(257, (4, T)), "labels": torch.randint(257, (4, T))}
+    loss, expected, once = gradients(copy.deepcopy(model), inputs, False)
+    again, found, twice = gradients(copy.deepcopy(model), inputs, True)
+    assert (once, twice) == (blocks, 2 * blocks)
+    assert torch.equal(loss, again) and len(found) == len(expected) > 8
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    # Negative control: without the random state put back, a block's second run drops other numbers.
+    monkeypatch.setattr(stack, "checkpoint", partial(stack.checkpoint, preserve_rng_state=False))
+    if name == "experts":  # other tokens then go to other experts, and torch notices
+        with pytest.raises(CheckpointError):
+            gradients(copy.deepcopy(model), inputs, True)
+        return
+    _, other, _ = gradients(copy.deepcopy(model), inputs, True)
+    assert not all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+
+def test_nothing_is_recomputed_in_evaluation() -> None:
+    model = Transformer(model_config(n_layers=3))
+    configure(model, train_config(checkpoint_activations=True))
+    calls = BlockCalls(model)
+    ids = torch.randint(257, (2, T))
+    for mode in (True, False):
+        model.train(mode)
+        with torch.no_grad():
+            model.loss(ids, input_ids=ids)
+    model.loss(ids, input_ids=ids).backward()  # in evaluation mode, with gradients
+    assert calls.count == 3 * 3
+
+
+def test_training_and_evaluation_never_hold_all_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = heads._loss_and_slope
+
+    def spy(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        seen.append(logits.numel() * logits.element_size())
+        return original(logits, *rest)
+
+    monkeypatch.setattr(heads, "_loss_and_slope", spy)
+    monkeypatch.setattr(heads, "LOGIT_BYTES", 10 * 257 * 4)
+    monkeypatch.setattr(heads.LanguageModelHead, "forward", lambda *given: pytest.fail("all logits were made"))
+    Run(tmp_path, train_config(eval_every=3)).fit()
+    assert max(seen) == 10 * 257 * 4 and len(seen) > 6 * 2 * 3
+
+
+def test_a_z_loss_raises_the_loss_and_needs_a_vocabulary(tmp_path: Path) -> None:
+    losses = []
+    for weight in (0.0, 0.1):
+        run = Run(tmp_path / str(weight), train_config(steps=2, z_loss=weight))
+        run.fit()
+        losses.append((run.said(StepEvent)[0].loss, run.said(EvalEvent)[-1].loss))
+    (plain, _), (raised, _) = losses
+    # At the start logits are nearly equal, so that Z is about V times the mean of their exponentials.
+    assert raised - plain == pytest.approx(0.1 * math.log(257) ** 2, rel=0.3)
+    classes = model_config(kind="encoder", head={"type": "sequence-classification", "labels": 3})
+    with pytest.raises(ConfigError, match=r"train\.z_loss"):
+        Trainer(Transformer(classes), source(), train_config(z_loss=0.1), tmp_path)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:

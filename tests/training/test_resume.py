@@ -36,14 +36,21 @@ def threads() -> object:
     torch.set_num_threads(before)
 
 
-def long_run(folder: Path, optimizer: str = "muon", d_model: int = 16) -> Run:
+VARIANTS: dict[str, dict[str, object]] = {
+    **{name: {"optimizer": name} for name in ("muon", "adamw", "lion", "adafactor")},
+    "ema": {"ema": 0.8, "z_loss": 1e-3},
+    "recomputed": {"checkpoint_activations": True, "schedule": "inverse-sqrt"},
+}
+
+
+def long_run(folder: Path, variant: str = "muon", d_model: int = 16) -> Run:
     """Twenty steps with dropout and two passes each; two evaluations on the way, with early stopping armed."""
-    fields = {"eval_every": 7, "checkpoint_every": 1, "early_stop": 9, "on_spike": "skip"}
-    config = train_config(steps=STEPS, optimizer=optimizer, batch_size=d_model // 4, **fields)
+    fields = {"eval_every": 7, "checkpoint_every": 1, "early_stop": 9, "on_spike": "skip", **VARIANTS[variant]}
+    config = train_config(steps=STEPS, batch_size=d_model // 4, **fields)
     return Run(folder, config, model_config(d_model=d_model))
 
 
-def straight(tmp_path: Path, optimizer: str, d_model: int = 16) -> tuple[Path, dict[int, Path]]:
+def straight(tmp_path: Path, variant: str, d_model: int = 16) -> tuple[Path, dict[int, Path]]:
     """One uninterrupted run, and a copy of its folder as it stood after each step."""
     run = tmp_path / "straight"
     copies: dict[int, Path] = {}
@@ -56,21 +63,21 @@ def straight(tmp_path: Path, optimizer: str, d_model: int = 16) -> tuple[Path, d
 
     loop.save_checkpoint = keep  # type: ignore[assignment]
     try:
-        final = long_run(run, optimizer, d_model).fit().checkpoint
+        final = long_run(run, variant, d_model).fit().checkpoint
     finally:
         loop.save_checkpoint = original
     return final, copies
 
 
 @pytest.mark.fault("R7")
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "adafactor"])
-def test_every_resume_ends_in_the_bytes_of_the_straight_run(tmp_path: Path, optimizer: str) -> None:
-    final, copies = straight(tmp_path, optimizer)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_resume_ends_in_the_bytes_of_the_straight_run(tmp_path: Path, variant: str) -> None:
+    final, copies = straight(tmp_path, variant)
     expected = checkpoint_bytes(final)
     assert set(expected) == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert sorted(copies) == list(range(1, STEPS + 1))
     for step, copy in copies.items():
-        run = long_run(copy, optimizer)
+        run = long_run(copy, variant)
         result = run.fit("must")
         assert [event.step for event in run.said(ResumeEvent)] == [step]
         assert [event.step for event in run.said(StepEvent)] == list(range(step + 1, STEPS + 1))  # nothing replayed
@@ -100,17 +107,22 @@ def test_with_two_threads_each_step_after_a_resume_has_the_straight_runs_bytes(
 
 
 @pytest.mark.fault("R7")
-@pytest.mark.parametrize("forgotten", ["random", "optimizer", "cursor", "watch"])
+@pytest.mark.parametrize("forgotten", ["random", "optimizer", "cursor", "watch", "last weights", "average"])
 def test_control_a_resume_that_forgets_one_part_is_seen(
     tmp_path: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    final, copies = straight(tmp_path, "muon")
-    run = long_run(copies[10])
+    variant = "ema" if forgotten in ("last weights", "average") else "muon"
+    final, copies = straight(tmp_path, variant)
+    run = long_run(copies[10], variant)
     trainer = run.trainer()
     if forgotten == "random":
         monkeypatch.setattr(resume, "restore_random", lambda states, device: None)
     elif forgotten == "optimizer":
         trainer._updater.load_state = lambda state: None  # type: ignore[method-assign]
+    elif forgotten == "last weights":
+        trainer._average.load_state = lambda state: setattr(trainer._average, "updates", 10)  # type: ignore[union-attr]
+    elif forgotten == "average":  # the model's file goes to the weights alone
+        monkeypatch.setattr(resume, "shown", lambda average: contextlib.nullcontext())
     elif forgotten == "watch":
         monkeypatch.setattr(resume, "SpikeWatch", lambda window: guards.SpikeWatch())
     else:
@@ -162,6 +174,9 @@ OTHER: dict[str, object] = {
     "eps": 1e-6,
     "clip": 0.5,
     "label_smoothing": 0.1,
+    "z_loss": 1e-3,
+    "ema": 0.5,
+    "checkpoint_activations": True,
     "seed": 7,
     "eval_every": 2,
     "eval_windows": 3,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from headway.config import Alibi, ModelConfig, Relative
 from headway.config import Rope as RopeConfig
@@ -16,9 +18,14 @@ from headway.nn.positions import Rope, ScoreBias
 class Stack(nn.Module):
     """Blocks over one sequence.
 
+    With `recompute` a block keeps only its input for the backward pass and runs again in it (arXiv:1604.06174): one
+    more forward pass for memory of one block instead of all. The random state is put back, so dropout is the same.
+
     Args:
         config: the model. is_decoder: the causal stack, with cross-attention in an encoder-decoder.
     """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, *, is_decoder: bool) -> None:
         super().__init__()
@@ -79,7 +86,10 @@ class Stack(nn.Module):
         for layer, block in enumerate(self.blocks):
             turn = angles[self.windows[layer] is not None] if self.turned[layer] else None
             around = Surroundings(masks, turn, biases.get(id(sights[layer])), cache, encoder_BSD, cross)
-            x_BTD = block(x_BTD, around)
+            if self.recompute and self.training and cache is None and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, around, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, around)
         out: Tensor = self.norm(x_BTD)
         return out
 

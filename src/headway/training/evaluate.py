@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headway.nn import Transformer
 from headway.training.objectives import TrainingBatch
 
 
@@ -49,7 +50,7 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
 
 
 def evaluate(
-    model: nn.Module,
+    model: Transformer,
     batches: Iterable[TrainingBatch],
     device: torch.device,
     precision: Callable[[], AbstractContextManager[object]],
@@ -69,7 +70,7 @@ def evaluate(
             if not count:
                 continue
             with precision():
-                loss = model(**to_device(batch.inputs, device)).loss
+                loss = model.loss(**to_device(batch.inputs, device))
             nats += float(loss) * count
             tokens += count
             is_text &= batch.bytes is not None

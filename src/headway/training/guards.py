@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from headway.config import ModelConfig
+from headway.config import CausalLM, MaskedLM, ModelConfig
 from headway.errors import DivergedError, MachineError
+from headway.nn.heads import LOGIT_BYTES
+from headway.run_config import Train
 
 WINDOW = 64
 WARM = 16
@@ -22,6 +24,8 @@ SIGMAS = 6.0
 STREAK = 20
 _GROW_AFTER = 2000  # steps without overflow before the scale doubles (arXiv:1710.03740, section 3.2)
 _TOP_SCALE = 2.0**24
+# What an optimizer keeps over the weights, at most: Muon's tables are AdamW's.
+_KEPT = {"adamw": 2.0, "muon": 2.0, "lion": 1.0, "adafactor": 0.02}
 
 
 @dataclass
@@ -98,34 +102,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(step: int, estimate: Mapping[str, int], rows: int, accumulation: int) -> MachineError:
+def out_of_memory(step: int, estimate: Mapping[str, int], train: Train) -> MachineError:
     """The error for R3: an estimate by part, and the first thing to change.
 
-    More passes per update come first because they change no mathematics; with one row per pass, the batch cannot
-    be cut further and the context must be.
+    More passes per update come first because they change no mathematics and hardly the time, recomputed activations
+    next because they cost only time; with one row per pass, the batch cannot be cut further and the context must be.
     """
+    rows, passes = train.batch_size or 1, train.accumulation
     parts = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in estimate.items())
     found = f"out of memory; the update needs about {sum(estimate.values()) / 1e9:.2f} GB ({parts})"
-    if accumulation < rows:
-        more = next(n for n in range(accumulation * 2, rows * 2) if n >= rows or rows % n == 0)
+    if passes < rows:
+        more = next(n for n in range(passes * 2, rows * 2) if n >= rows or rows % n == 0)
         fix = f"train.accumulation={min(more, rows)} (same result), then a smaller train.batch_size or data.context"
+    elif not train.checkpoint_activations:
+        fix = "train.checkpoint_activations=true (same result, a third slower), then a smaller data.context"
     else:
         fix = "a smaller data.context, then a smaller model"
     return MachineError(f"step {step}", found, "memory for one pass", fix)
 
 
-def estimate_memory(config: ModelConfig, parameters: Sequence[nn.Parameter], rows: int, length: int) -> dict[str, int]:
-    """Bytes of an update by part, for `rows` sequences of `length` positions per pass.
+def estimate_memory(
+    config: ModelConfig, train: Train, parameters: Sequence[nn.Parameter], length: int
+) -> dict[str, int]:
+    """Bytes of an update by part, for sequences of `length` positions; a pass has its share of the batch's rows.
 
     Activations: what a block keeps for its backward pass, about 10 D + 4 F numbers per position (arXiv:2205.05198,
-    equation 1, without the scores that fused attention does not keep), and logits with their gradient and softmax.
+    equation 1, without the scores that fused attention does not keep); where they are recomputed, those of one block
+    and D of each other. A vocabulary's loss holds two pieces of logits and the gradient of its table.
     """
+    rows = -(-(train.batch_size or 1) // train.accumulation)
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    depth = config.n_layers + config.n_decoder_layers
-    inner = depth * (10 * config.d_model + 4 * config.d_ff) + 3 * config.vocab_size
-    return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
-        "activations": rows * length * inner * 4,
-    }
+    depth, block = config.n_layers + config.n_decoder_layers, 10 * config.d_model + 4 * config.d_ff
+    kept = depth * config.d_model + block if train.checkpoint_activations else depth * block
+    parts = {"weights": weights, "gradients": weights, "optimizer": int(_KEPT[train.optimizer] * weights)}
+    if train.ema is not None:
+        parts["average"] = weights
+    parts["activations"] = rows * length * kept * 4
+    if isinstance(config.head, CausalLM | MaskedLM):
+        logits = min(rows * length * config.vocab_size * 4, LOGIT_BYTES)
+        parts["loss"] = 2 * logits + 4 * config.vocab_size * config.d_model
+    return parts

@@ -6,7 +6,8 @@
 
 An update sees one batch in `accumulation` passes, each pass weighted by its share of the supervised tokens, so the
 gradient is that of the mean loss per token of the whole batch, however it is cut. A step costs one look at the
-device (loss and gradient norm together) beyond the mathematics. The loop decides by step numbers alone, never by
+device (loss and gradient norm together) beyond the mathematics, and each pass of a language model one to count its
+labels. The loop decides by step numbers alone, never by
 the clock, so that a run is the same whenever it is interrupted and resumed.
 """
 
@@ -35,8 +36,10 @@ from headway.checkpoints.folder import (
 )
 from headway.errors import ConfigError, DivergedError, InputError, Interrupted, MachineError
 from headway.nn import Transformer
+from headway.nn.heads import LanguageModelHead
 from headway.run_config import Train
 from headway.training import guards
+from headway.training.averaging import Average, shown
 from headway.training.evaluate import DTYPES, Evaluation, evaluate, precision, resting, to_device
 from headway.training.events import (
     CheckpointEvent,
@@ -96,12 +99,24 @@ class Hooks:
     peak_flops: float | None = None
 
 
+def configure(model: Transformer, train: Train) -> None:
+    """Have the model do in training what `train` asks of it. Raises ConfigError for a z-loss without a vocabulary."""
+    if train.z_loss and not isinstance(model.head, LanguageModelHead):
+        found = f"{train.z_loss:g} with head {model.config.head.type}"
+        raise ConfigError("train.z_loss", found, "a head over a vocabulary", "train.z_loss=0")
+    model.head.smoothing, model.head.z_loss = train.label_smoothing, train.z_loss
+    for stack in (model.encoder, model.decoder):
+        if stack is not None:
+            stack.recompute = train.checkpoint_activations
+
+
 @dataclass
 class Trainer:
     """Trains a model in a run folder.
 
     Attributes:
-        model: on its device already; it is trained in place.
+        model: on its device already; it is trained in place. With `train.ema` evaluations, samples and checkpoints are
+            those of its averaged weights, while it holds those of the last step.
         source: the batches, each of `train.batch_size` rows.
         train: with `steps` and the rates set; `eval_every` or `checkpoint_every` None means: at the end only.
         folder: the run folder; the caller holds its files.RunLock.
@@ -125,13 +140,14 @@ class Trainer:
             raise ConfigError("train.steps", "not set", "a number of updates", "train.steps=1000")
         self.steps = self.train.steps
         self.device = next(self.model.parameters()).device
-        self.model.head.smoothing = self.train.label_smoothing
+        configure(self.model, self.train)
         dtype = DTYPES[self.train.dtype]
         self._precision = partial(precision, self.train.dtype, self.device)
         self._updater = self.optimizer or make_optimizer(self.model, self.model.config, self.train)
         plain = {"train": self.train.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
+        self._average = Average(self.model, self.train.ema) if self.train.ema is not None else None
         self._state = RunState(
-            self.model, self._updater, self.config or plain, self.source.identity, dtype, self.device
+            self.model, self._updater, self.config or plain, self.source.identity, dtype, self.device, self._average
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.progress = Progress(scale=guards.LossScale.for_dtype(dtype))
@@ -284,15 +300,15 @@ class Trainer:
             if not count:
                 continue
             with self._precision():
-                output = self.model(**to_device(inputs, self.device))
-            share = output.loss * (count / tokens)
-            (share if self.progress.scale.fixed else share * self.progress.scale.value).backward()
+                loss = self.model.loss(**to_device(inputs, self.device))
+            share = loss * (count / tokens)
+            torch.autograd.backward(share if self.progress.scale.fixed else share * self.progress.scale.value)
             total = share.detach() if total is None else total + share.detach()
         norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(norms))
         assert total is not None
-        loss, length = torch.stack((total.to(norm), norm)).tolist()  # the step's one wait for the device
-        return tokens, loss, length / self.progress.scale.value
+        mean, length = torch.stack((total.to(norm), norm)).tolist()  # the step's one wait for the device
+        return tokens, mean, length / self.progress.scale.value
 
     def _judge(self, loss: float, norm: float, batch: TrainingBatch) -> bool:
         """Whether the update may be made. Raises DivergedError if the run must not go on."""
@@ -329,6 +345,8 @@ class Trainer:
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)
         self._updater.step(rate)
+        if self._average is not None:
+            self._average.update()
         p.scale.held()
 
     @contextlib.contextmanager
@@ -339,10 +357,9 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not guards.is_out_of_memory(error):
                 raise
-            rows, passes = self.train.batch_size or 1, self.train.accumulation
             length = self._length or self.model.config.max_len
-            estimate = guards.estimate_memory(self.model.config, self._parameters, -(-rows // passes), length)
-            raise guards.out_of_memory(self.progress.step + 1, estimate, rows, passes) from error
+            estimate = guards.estimate_memory(self.model.config, self.train, self._parameters, length)
+            raise guards.out_of_memory(self.progress.step + 1, estimate, self.train) from error
 
     # --- between updates -----------------------------------------------------------------------------------------
 
@@ -363,9 +380,11 @@ class Trainer:
     def _evaluate(self, signals: StopSignals) -> None:
         assert self.valid is not None
         p = self.progress
-        found = evaluate(self.model, self.valid(), self.device, self._precision, lambda: signals.caught is not None)
-        if found is None:
-            return
+        with shown(self._average):
+            found = evaluate(self.model, self.valid(), self.device, self._precision, lambda: signals.caught is not None)
+            if found is None:
+                return
+            text = self._sample()
         loss = number(found.loss)
         is_best = loss is not None and (p.best_loss is None or loss < p.best_loss)
         if is_best:
@@ -373,12 +392,14 @@ class Trainer:
         else:
             p.stale += 1
         p.evaluated, self._evaluation = p.step, found
-        text = None
-        if self.hooks.sample is not None:
-            with resting(self.model, self.device):
-                text = self.hooks.sample()
         self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text))
         self._meter.restart()
+
+    def _sample(self) -> str | None:
+        if self.hooks.sample is None:
+            return None
+        with resting(self.model, self.device):
+            return self.hooks.sample()
 
     def _is_saved(self) -> bool:
         return self._saved == (self.progress.step, self.progress.evaluated)

@@ -1,7 +1,8 @@
 """The state of a run as files, and the checks before a run goes on from them.
 
-    step-00000100/model.safetensors       weights
-    step-00000100/optimizer.safetensors   the optimizer's tensors and the random generators' states
+    step-00000100/model.safetensors       weights, with train.ema their running average
+    step-00000100/optimizer.safetensors   the optimizer's tensors and the random generators' states, with train.ema
+                                          the weights of the last step
     step-00000100/state.json              where those belong, the progress, the config, the data's identity
 
 Everything that the next step depends on is here, and the data cursor is one number, so that resuming replays
@@ -25,6 +26,7 @@ from headway.checkpoints.state import flatten_state, unflatten_state
 from headway.checkpoints.tensors import read_tensors
 from headway.errors import ConfigError, InputError
 from headway.strict import dump_json, strict_json
+from headway.training.averaging import Average, shown
 from headway.training.guards import LossScale, SpikeWatch
 
 OPTIMIZER = "optimizer.safetensors"
@@ -32,6 +34,7 @@ STATE = "state.json"
 
 # Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
 FREE = {"output", "data.path", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
+FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
 OVERRIDABLE = {"budget", "data.valid_path"} | {
     f"train.{name}"
@@ -89,7 +92,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunState:
-    """The parts of a run that a checkpoint takes in; `config` is plain JSON, `identity` the data's hashes."""
+    """The parts of a run that a checkpoint takes in; `config` is plain JSON, `identity` the data's hashes.
+
+    With an `average` the model's file holds that and not the weights of the last step.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -97,6 +103,7 @@ class RunState:
     identity: Mapping[str, str]
     dtype: torch.dtype
     device: torch.device
+    average: Average | None = None
 
     @property
     def environment(self) -> dict[str, object]:
@@ -113,7 +120,10 @@ class RunState:
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, files.Content], dict[str, object]]:
         """Tensors by file, other files, and the manifest's meta, for folder.save_checkpoint."""
         random = random_state(self.device)
-        tensors, tree = flatten_state({"optimizer": self.optimizer.state(), "random": random})
+        parts = {"optimizer": self.optimizer.state(), "random": random}
+        if self.average is not None:
+            parts["average"] = self.average.state()
+        tensors, tree = flatten_state(parts)
         state = {
             "tree": tree,
             "progress": flatten_state({**asdict(progress), "moved": False})[1],
@@ -127,7 +137,8 @@ class RunState:
             "cursor": progress.step,
             **self.environment,
         }
-        groups = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: tensors}
+        with shown(self.average):
+            groups = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: tensors}
         return groups, {STATE: dump_json(state).encode()}, meta
 
     def restore(self, found: Found, override: bool) -> tuple[Progress, list[str]]:
@@ -142,10 +153,13 @@ class RunState:
         said = check_config(state["config"], self.config, override)
         check_identity(state["identity"], self.identity)
         said += compare_environment(found.manifest.meta, self.environment)
-        load_weights(self.model, read_tensors(found.path / WEIGHTS), str(found.path / WEIGHTS))
+        with shown(self.average):
+            load_weights(self.model, read_tensors(found.path / WEIGHTS), str(found.path / WEIGHTS))
         tensors = read_tensors(found.path / OPTIMIZER, copy=True)
         tree = cast(dict[str, Any], unflatten_state(tensors, state["tree"], where))
         self.optimizer.load_state(tree["optimizer"])
+        if self.average is not None:
+            self.average.load_state(tree["average"])
         restore_random(tree["random"], self.device)
         saved = cast(dict[str, Any], unflatten_state({}, state["progress"], where))
         watch, scale = SpikeWatch(**saved.pop("watch")), LossScale(**saved.pop("scale"))
