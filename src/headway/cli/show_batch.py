@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _VISIBLE = str.maketrans({"\n": "\u21b5\n", "\t": "\u2192\t"})
 _STYLE = """
-body { font: 14px/1.7 ui-monospace, monospace; margin: 2rem auto; max-width: 70rem; color: #222; background: #fff }
+body { font: 14px/1.7 ui-monospace, monospace; margin: 2rem auto; padding: 0 1rem; max-width: 70rem; color: #222; background: #fff }
 h2 { font-size: 1rem; margin: 2rem 0 .3rem } p { white-space: pre-wrap; margin: .2rem 0 } small { color: #666 }
 span { border-radius: 3px; padding: 1px 0 } .learned { background: #cdebc9 } .read { color: #666 }
 .first { border-left: 3px solid #c33; padding-left: 3px } ins { background: #ffe9a8; text-decoration: none }
@@ -130,10 +130,10 @@ def as_terminal(rows: Iterator[tuple[str, list[Line]]], printer: Printer, colour
 def as_html(rows: Iterator[tuple[str, list[Line]]], title: str) -> str:
     """One page without scripts; every text is escaped."""
     parts = [f"<!doctype html><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"]
-    parts.append(
-        f"<h1>{escape(title)}</h1><p><span class='learned'>learned</span>, <span class='read'>only read</span>"
+    legend = (
+        "<span class='learned'>learned</span>, <span class='read'>only read</span>, a label <ins>in its place</ins>"
     )
-    parts.append(", a label <ins>in its place</ins>; hover over a token for its place and id</p>")
+    parts.append(f"<h1>{escape(title)}</h1><p>{legend}; hover over a token for its place and id</p>")
     for name, lines in rows:
         parts.append(f"<h2>{escape(name)}</h2>")
         for line in lines:
