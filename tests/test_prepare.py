@@ -1,4 +1,4 @@
-"""Every objective through the whole of `train`: from a file to a run that loads, resumes to the byte and is measured."""
+"""Every objective through the whole of `train`: from a file to a run that loads, resumes to the byte, is measured."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_an_objective_is_a_name_or_a_name_with_numbers(tmp_path: Path):
 
 
 def test_when_to_stop_is_said_once():
-    with pytest.raises(ConfigError, match="budget and train.epochs"):
+    with pytest.raises(ConfigError, match=r"budget and train\.epochs"):
         RunConfig(budget="3m", train={"epochs": 2.0})
     with pytest.raises(ConfigError, match="base and model"):
         RunConfig(base="runs/a", model={"d_model": 64})

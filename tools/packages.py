@@ -42,7 +42,8 @@ def wheel(name: str, suffix: str = ".whl") -> Path:
     pattern, folder = f"{name}-{version}*{suffix}", cache()
     if not list(folder.glob(pattern)):
         kind = ["--no-binary", ":all:"] if suffix == ".tar.gz" else []
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *kind, "-d", folder, f"{name}=={version}"]
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *kind]
+        command = [*pip, "-d", folder, f"{name}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise NotFetchedError(f"pip download {name}=={version}: {done.stderr.strip()[-200:]}")

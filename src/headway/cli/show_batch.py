@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _GREEN, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _VISIBLE = str.maketrans({"\n": "\u21b5\n", "\t": "\u2192\t"})
 _STYLE = """
-body { font: 14px/1.7 ui-monospace, monospace; margin: 2rem auto; padding: 0 1rem; max-width: 70rem; color: #222; background: #fff }
+body { font: 14px/1.7 ui-monospace, monospace; margin: 2rem auto; padding: 0 1rem; max-width: 70rem; color: #222;
+background: #fff }
 h2 { font-size: 1rem; margin: 2rem 0 .3rem } p { white-space: pre-wrap; margin: .2rem 0 } small { color: #666 }
 span { border-radius: 3px; padding: 1px 0 } .learned { background: #cdebc9 } .read { color: #666 }
 .first { border-left: 3px solid #c33; padding-left: 3px } ins { background: #ffe9a8; text-decoration: none }
