@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from headway.nn import heads, stack
 from headway.run_config import RunConfig
 from headway.training.recipe import PASSES, Facts, _heads, resolve, time_step
 
@@ -86,3 +87,28 @@ def test_trial_steps_leave_the_random_state_alone():
     before = torch.get_rng_state()
     assert time_step(model, run.train, 8) > 0
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_lion_goes_slower_than_adamw_and_remembers_longer():
+    """arXiv:2302.06675, section 5: a rate 3 to 10 times lower, betas 0.9 and 0.99."""
+    by_name = {
+        name: resolved(train={"optimizer": name, "steps": 9})[1].train for name in ("adamw", "lion", "adafactor")
+    }
+    assert 1 / 10 <= by_name["lion"].lr / by_name["adamw"].lr <= 1 / 3
+    assert (by_name["lion"].beta2, by_name["adamw"].beta2) == (0.99, 0.95)
+    assert by_name["adafactor"].lr == by_name["adamw"].lr
+    said = resolved(train={"optimizer": "lion", "steps": 9, "beta2": 0.97, "lr": 0.5})[1].train
+    assert (said.beta2, said.lr) == (0.97, 0.5)
+    model, _ = resolved(train={"steps": 9})
+    facts = Facts(TOKENS, {"vocab_size": 2048}, base=model)
+    tuned = [resolve(RunConfig(train={"optimizer": name}), facts, None, slow_clock)[1].train for name in by_name]
+    assert tuned[1].lr == pytest.approx(0.2 * tuned[0].lr) and tuned[1].beta2 == 0.99 and tuned[0].beta2 == 0.999
+
+
+def test_the_trial_is_the_step_that_will_be_made(monkeypatch):
+    """Its blocks are recomputed and its logits made in pieces, as training will have them."""
+    model, run = resolved(model={"d_model": 64}, train={"steps": 9, "batch_size": 4, "checkpoint_activations": True})
+    seen = []
+    monkeypatch.setattr(stack, "checkpoint", lambda block, *args, **how: (seen.append(block), block(*args))[1])
+    monkeypatch.setattr(heads.LanguageModelHead, "forward", lambda *given: pytest.fail("all logits were made"))
+    assert time_step(model, run.train, 16) > 0 and len(seen) == 4 * model.n_layers

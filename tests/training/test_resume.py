@@ -159,6 +159,7 @@ def test_a_step_saved_before_its_evaluation_is_evaluated_first(tmp_path: Path) -
 
 OTHER: dict[str, object] = {
     "steps": 9,
+    "epochs": 2.0,
     "batch_size": 8,
     "accumulation": 4,
     "optimizer": "adamw",
@@ -180,6 +181,7 @@ OTHER: dict[str, object] = {
     "seed": 7,
     "eval_every": 2,
     "eval_windows": 3,
+    "eval_rows": 5,
     "checkpoint_every": 2,
     "keep_checkpoints": 3,
     "early_stop": 5,

@@ -39,9 +39,9 @@ FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
 OVERRIDABLE = {"budget", "data.valid_path"} | {
     f"train.{name}"
     for name in (
-        *("steps", "warmup", "schedule", "decay", "final_lr", "lr", "muon_lr", "weight_decay", "clip", "accumulation"),
-        *("eval_every", "eval_windows", "checkpoint_every", "keep_checkpoints", "early_stop"),
-        *("on_nonfinite", "on_spike", "sample_prompt", "sample_tokens"),
+        *("steps", "epochs", "warmup", "schedule", "decay", "final_lr", "lr", "muon_lr", "weight_decay", "clip"),
+        *("accumulation", "eval_every", "eval_windows", "eval_rows", "checkpoint_every", "keep_checkpoints"),
+        *("early_stop", "on_nonfinite", "on_spike", "sample_prompt", "sample_tokens"),
     )
 }
 
