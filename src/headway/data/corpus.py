@@ -151,8 +151,12 @@ def place(piece: Piece) -> float:
 
 def place_of(text: str) -> float:
     """Where in [0, 1) the hash of a text falls: below val_fraction it is held out, whatever stands beside it."""
-    digest = hashlib.blake2b(text[:PIECE].encode(), digest_size=6).digest()
-    return int.from_bytes(digest) / 2**48
+    return place_of_bytes(text[:PIECE].encode())
+
+
+def place_of_bytes(data: bytes) -> float:
+    """Where in [0, 1) the hash of some bytes falls."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest()) / 2**48
 
 
 def _by_position(every: Iterator[Piece], total: int, fraction: float) -> Iterator[tuple[Side, Piece]]:

@@ -5,37 +5,47 @@
 
 Pixels are kept as bytes, (N, channels, side, side), all of a set of one size: images from folders are scaled so that
 the shorter side fits and cut to the centre. Augmentations are pure functions of a batch and a generator.
+Left out: a camera's note on how to turn an image (EXIF), transparency, and frames of an animation after the first.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import math
+import os
 import struct
-import zlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headway.data.corpus import place_of_bytes
+from headway.data.sources import ReadOptions, ReadReport, blocks
 from headway.errors import InputError, MachineError
 from headway.files import open_regular
 
 SIDE = 64
 """Pixels a side of images from folders, where nobody says another."""
-MAX_PIXELS = 1 << 26  # of one image before it is scaled
+MAX_PIXELS = 1 << 26  # of one image before it is scaled; pillow's own limit only warns from 1.3 times that on
 MAX_BYTES = 1 << 33  # of a whole set
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+# What pillow may open, whatever a file is called: it knows formats that start other programs (EPS, Ghostscript).
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP", ".gif": "GIF"}
+_GREY = ("1", "L", "LA")
+_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # pillow cuts these off at 255 rather than scale them
 _HELD_OUT = ("valid", "val", "test")
 _UNSIGNED_BYTE = 8
 
 
 class ImageSet(NamedTuple):
-    """pixels: uint8 (N, C, Y, X). labels: int64 (N,). names: of the classes. hash: of all three."""
+    """pixels: uint8 (N, C, H, W), C is 1 or 3 and H equals W. labels: int64 (N,), numbers into names, the classes.
+
+    hash: sha256 of all three; where the files lie and what they are called does not count.
+    """
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -44,53 +54,75 @@ class ImageSet(NamedTuple):
 
 
 def is_images(path: str | Path) -> bool:
-    """Whether a folder holds images, by the names in it."""
+    """Whether a folder holds images: IDX files, or nothing but sub-folders with pictures in each."""
     place = Path(path)
-    return place.is_dir() and (bool(_idx(place, "train")) or next(_pictures(place), None) is not None)
+    try:
+        classes = _folders(place / "train" if (place / "train").is_dir() else place)
+        return _idx(place, "train") is not None or (bool(classes) and all(map(_pictures, classes)))
+    except InputError:  # no folder, or one that cannot be read: the readers of text say so
+        return False
 
 
 def find_images(
     path: str | Path, valid_path: str | Path | None, side: int | None, fraction: float
 ) -> tuple[ImageSet, ImageSet]:
-    """(training, held-out) images.
+    """(training, held-out) images with the same classes.
 
-    Held out is what `valid_path` holds, else the set's own test side, else a `fraction` of the images by hash.
+    Held out is what `valid_path` holds, else the set's own test side, else a `fraction` of the images by their hash,
+    so that equal images stand on one side and each keeps its own whatever is added.
+
+    Args:
+        path: a folder. valid_path: another, or None.
+        side: pixels a side; None: as IDX files have it, SIDE for folders.
+        fraction: 0 to 1.
 
     Raises:
-        InputError: cut or wrong files, classes that differ, images of several sizes. MachineError: pillow is missing.
+        InputError: cut or wrong files, classes that differ, images of several sizes, nothing on one side.
+        MachineError: pillow is missing.
     """
     place = Path(path)
-    train = _read(place / "train" if _own_side(place) else place, "train", side)
-    valid = held_out_images(valid_path or place, side or train.pixels.shape[-1], whole=valid_path is not None)
+    train = _read(place, "train", side)
+    size = side or train.pixels.shape[-1]
+    valid = held_out_images(valid_path or place, size, valid_path is not None, train.names)
     if valid is None:
-        return _split(train, fraction)
-    if valid.pixels.shape[1:] != train.pixels.shape[1:] or valid.names != train.names:
-        found = f"held-out images {valid.pixels.shape[1:]} of {len(valid.names)} classes"
-        raise InputError(str(valid_path or place), found, f"{train.pixels.shape[1:]} of {len(train.names)}")
+        is_held = np.array([place_of_bytes(image.tobytes()) < fraction for image in train.pixels])
+        train, valid = (_set(train.pixels[chosen], train.labels[chosen], train.names) for chosen in (~is_held, is_held))
+    if valid.pixels.shape[1] != train.pixels.shape[1]:
+        found = f"held-out images with {valid.pixels.shape[1]} channels"
+        raise InputError(
+            str(valid_path or place), found, f"{train.pixels.shape[1]}, as in training", "one kind of image"
+        )
+    if not len(train.labels) or not len(valid.labels):
+        sizes = f"{len(train.labels)} images to train on, {len(valid.labels)} held out"
+        raise InputError(str(path), sizes, "images on both sides", "data.val_fraction=0.2, or data.valid_path=FOLDER")
     return train, valid
 
 
-def held_out_images(path: str | Path, side: int, whole: bool = True) -> ImageSet | None:
-    """The held-out side of a set; of one without such a side all of it if `whole`, else None. Raises as find_images."""
+def held_out_images(
+    path: str | Path, side: int, whole: bool = True, names: tuple[str, ...] | None = None
+) -> ImageSet | None:
+    """The held-out side of a set; of one without such a side all of it if `whole`, else None.
+
+    Args:
+        path: a folder. side: pixels a side.
+        names: the classes that labels are numbers of; None: of folders those in `train`, else the set's own.
+
+    Raises as find_images; also for a class that is not in `names`.
+    """
     place = Path(path)
-    own = _own_side(place)
-    if own is not None:
-        return _read(own, "train", side)
-    if _idx(place, "t10k"):
-        return _read(place, "t10k", side)
-    return _read(place, "train", side) if whole else None
+    own = [name for name in _HELD_OUT if (place / "train").is_dir() and (place / name).is_dir()]
+    if own or _idx(place, "t10k"):
+        return _read(place, own[0] if own else "t10k", side, names)
+    return _read(place, "train", side, names) if whole else None
 
 
-def _own_side(place: Path) -> Path | None:
-    """The folder of held-out images beside `train`."""
-    found = [place / name for name in _HELD_OUT if (place / name).is_dir()] if (place / "train").is_dir() else []
-    return found[0] if found else None
-
-
-def _split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=6).digest() for image in images.pixels)
-    held = np.array([int.from_bytes(digest) / 2**48 < fraction for digest in digests])
-    return tuple(_set(images.pixels[side], images.labels[side], images.names) for side in (~held, held))  # type: ignore[return-value]  # two
+def _read(place: Path, part: str, side: int | None, names: tuple[str, ...] | None = None) -> ImageSet:
+    """One side of a set: `part` is train or t10k of IDX files, or a folder's name where there are several."""
+    if found := _idx(place, part) or _idx(place, "train"):
+        return _from_idx(*found, side, names)
+    known = place / "train" if (place / "train").is_dir() else place
+    names = names or tuple(folder.name for folder in _folders(known) if _pictures(folder))
+    return _from_folder(place / part if (place / part).is_dir() else place, side or SIDE, names)
 
 
 def _set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], names: tuple[str, ...]) -> ImageSet:
@@ -100,19 +132,14 @@ def _set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], names: tuple[str,
     return ImageSet(pixels, labels, names, digest.hexdigest())
 
 
-def _read(place: Path, side_of_set: str, side: int | None) -> ImageSet:
-    found = _idx(place, side_of_set) or _idx(place, "train")
-    return _from_idx(*found) if found else _from_folder(place, side or SIDE)
-
-
 # --- IDX -------------------------------------------------------------------------------------------------------
 
 
-def _idx(place: Path, side: str) -> tuple[Path, Path] | None:
+def _idx(place: Path, part: str) -> tuple[Path, Path] | None:
     """The two files of one side of an IDX set."""
     found = []
     for what in ("images-idx3-ubyte", "labels-idx1-ubyte"):
-        names = [place / f"{side}-{what}{end}" for end in ("", ".gz")]
+        names = [place / f"{part}-{what}{end}" for end in ("", ".gz")]
         found += [name for name in names if name.is_file()][:1]
     return (found[0], found[1]) if len(found) == 2 else None
 
@@ -120,59 +147,89 @@ def _idx(place: Path, side: str) -> tuple[Path, Path] | None:
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array of bytes in an IDX file (yann.lecun.com/exdb/mnist), its sizes as the file says.
 
+    Memory is taken for bytes that are there, never for what the header promises.
+
     Raises InputError for another type of number, or sizes that are not those of the bytes present.
     """
-    with open_regular(path) as raw:
-        try:
-            data = gzip.GzipFile(fileobj=raw).read(MAX_BYTES + 1) if path.suffix == ".gz" else raw.read(MAX_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(str(path), f"cannot be read: {error}", "a whole file") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTE:
-        raise InputError(str(path), f"begins with {data[:4]!r}", "an IDX file of bytes: 00 00 08, and the dimensions")
+    stream = blocks(path, ReadOptions(max_bytes=MAX_BYTES), ReadReport())
+    data = bytearray(next(stream, b""))  # a block holds the longest header, or the file ends in it
+    if len(data) < 4 or data[:3] != bytes([0, 0, _UNSIGNED_BYTE]):
+        found = f"begins with {data[:4].hex(' ') or 'nothing'}"
+        raise InputError(str(path), found, "an IDX file of bytes: 00 00 08, and the number of dimensions")
     head = 4 + 4 * data[3]
     if len(data) < head:
-        raise InputError(str(path), f"{len(data)} bytes", f"a header of {head}")
+        raise InputError(str(path), f"{len(data)} bytes", f"a header of {head}", "fetch it again")
     sizes = struct.unpack(f">{data[3]}I", data[4:head])
-    count = 1
-    for size in sizes:
-        count *= size
+    count = math.prod(sizes)
+    for block in stream:
+        data += block
+        if len(data) > head + count:
+            break
     if len(data) != head + count:
-        raise InputError(str(path), f"{len(data) - head} bytes of data", f"{count}, by its sizes {sizes}")
+        more = " or more" if len(data) > head + count else ""
+        found = f"{len(data) - head} bytes of data{more}"
+        raise InputError(str(path), found, f"{count}, by its sizes {sizes}", "fetch it again")
     return np.frombuffer(data, np.uint8, count, head).reshape(sizes)
 
 
-def _from_idx(images: Path, labels: Path) -> ImageSet:
+def _from_idx(images: Path, labels: Path, side: int | None, names: tuple[str, ...] | None) -> ImageSet:
     pixels, numbers = read_idx(images), read_idx(labels)
-    if pixels.ndim != 3 or numbers.ndim != 1 or len(pixels) != len(numbers) or not len(pixels):
+    if pixels.ndim != 3 or numbers.ndim != 1 or len(pixels) != len(numbers) or not pixels.size:
         found = f"shape {pixels.shape} with labels {numbers.shape} in {labels.name}"
         raise InputError(str(images), found, "as many images as labels, (N, height, width) and (N,)")
-    if pixels.shape[1] != pixels.shape[2]:
-        raise InputError(str(images), f"images of {pixels.shape[1]} x {pixels.shape[2]}", "square ones")
-    names = tuple(str(number) for number in range(int(numbers.max()) + 1))
-    return _set(pixels[:, None], numbers.astype(np.int64), names)
+    height, width = pixels.shape[1:]
+    if height != width or side not in (None, width):
+        fix = f"data.image={width}" if height == width else ""
+        raise InputError(
+            str(images), f"images of {height} x {width}", f"{side} x {side}" if side else "square ones", fix
+        )
+    last = int(numbers.max())
+    if names is not None and last >= len(names):
+        raise InputError(str(labels), f"the class {last}", f"0 to {len(names) - 1}, the classes of the training side")
+    return _set(pixels[:, None], numbers.astype(np.int64), names or tuple(map(str, range(last + 1))))
 
 
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
-def _pictures(place: Path) -> Iterator[tuple[str, Path]]:
-    """(class, file) of `place/class/file` and of `place/train/class/file`."""
-    root = place / "train" if (place / "train").is_dir() else place
-    for folder in sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in _SUFFIXES:
-                yield folder.name, file
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(
+            str(folder), f"cannot be read: {error.strerror}", "a folder of images", "check the path"
+        ) from None
 
 
-def _from_folder(place: Path, side: int) -> ImageSet:
-    found = list(_pictures(place))
-    names = tuple(sorted({name for name, _ in found}))
+def _folders(place: Path) -> list[Path]:
+    return [entry for entry in _entries(place) if os.path.isdir(entry)]  # Path's raises where a folder is shut
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [file for file in _entries(folder) if file.suffix.lower() in _FORMATS]
+
+
+def _from_folder(place: Path, side: int, names: tuple[str, ...]) -> ImageSet:
+    found = [(folder.name, file) for folder in _folders(place) for file in _pictures(folder)]
+    strange = sorted({name for name, _ in found} - {*names})
+    if strange:
+        raise InputError(
+            str(place), f"the class {strange[0]!r}", f"one of {', '.join(names)[:200]}", "one set of classes"
+        )
     if not found or len(names) < 2:
         raise InputError(str(place), f"{len(found)} images of {len(names)} classes", "a folder of images per class")
-    images = [_picture(file, side) for _, file in found]
-    grey = all(image.shape[0] == 1 for image in images)
-    pixels = np.stack([image if grey else np.broadcast_to(image, (3, side, side)) for image in images])
-    return _set(pixels, np.array([names.index(name) for name, _ in found]), names)
+    size = len(found) * 3 * side * side
+    if size > MAX_BYTES:
+        raise InputError(
+            str(place), f"{len(found)} images, {size} bytes", f"at most {MAX_BYTES}", "a smaller data.image"
+        )
+    pixels, is_grey = np.empty((len(found), 3, side, side), np.uint8), True
+    for number, (_, file) in enumerate(found):
+        image = _picture(file, side)
+        is_grey &= image.shape[0] == 1
+        pixels[number] = image  # grey in colour: the same three times
+    labels = np.array([names.index(name) for name, _ in found], dtype=np.int64)
+    return _set(pixels[:, :1].copy() if is_grey else pixels, labels, names)
 
 
 def _picture(file: Path, side: int) -> NDArray[np.uint8]:
@@ -180,19 +237,29 @@ def _picture(file: Path, side: int) -> NDArray[np.uint8]:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise MachineError(
-            str(file), "pillow, which reads images, is not installed", "", "pip install 'headway[data]'"
-        ) from None
+        found = "pillow, which reads images, is not installed"
+        raise MachineError(str(file), found, "", "pip install 'headway[data]'") from None
     try:
-        with open_regular(file) as raw, Image.open(raw) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(str(file), f"{width} x {height} pixels", f"at most {MAX_PIXELS}")
-            mode = "L" if image.mode in ("1", "L", "I;16", "LA") else "RGB"
-            fitted = ImageOps.fit(image.convert(mode), (side, side), Image.Resampling.BICUBIC)
-            table: NDArray[Any] = np.asarray(fitted, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise InputError(str(file), f"cannot be read: {str(error)[:120]}", "a whole image") from error
+        with warnings.catch_warnings(), open_regular(file) as raw:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            formats = tuple(sorted({*_FORMATS.values()}))
+            with Image.open(raw, formats=formats) as image:  # reads the header only
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise InputError(str(file), f"{width} x {height} pixels", f"at most {MAX_PIXELS}", "leave it out")
+                if image.mode in _DEEP:
+                    raise InputError(str(file), f"pixels of the kind {image.mode}", "8 bits a channel", "convert it")
+                image.verify()  # checksums, which loading leaves out; the image is used up by it
+            raw.seek(0)
+            with Image.open(raw, formats=formats) as image:
+                # fit cuts before it scales: a strip of 1 x 60,000,000 pixels would grow by the square of the side.
+                mode = "L" if image.mode in _GREY else "RGB"
+                fitted = ImageOps.fit(image.convert(mode), (side, side), Image.Resampling.BICUBIC)
+                table: NDArray[np.uint8] = np.asarray(fitted, dtype=np.uint8)
+    except InputError:
+        raise
+    except Exception as error:  # a broken file may make its decoder raise whatever it likes
+        raise InputError(str(file), f"cannot be read: {str(error)[:120]}", "a whole image", "leave it out") from error
     return table[None] if table.ndim == 2 else np.ascontiguousarray(table.transpose(2, 0, 1))
 
 
@@ -200,16 +267,27 @@ def _picture(file: Path, side: int) -> NDArray[np.uint8]:
 
 
 def moved(pixels_BCYX: Tensor, reach: int, rng: np.random.Generator) -> Tensor:
-    """Each image moved by up to `reach` pixels in both directions, its edge repeated behind it."""
-    size = pixels_BCYX.shape[-1]
-    wide = torch.nn.functional.pad(pixels_BCYX, (reach,) * 4, mode="replicate")
-    steps = rng.integers(0, 2 * reach + 1, size=(len(pixels_BCYX), 2))
-    places = torch.from_numpy(steps)[:, :, None] + torch.arange(size)
-    rows = torch.arange(len(pixels_BCYX))[:, None, None]
-    return wide.permute(0, 2, 3, 1)[rows, places[:, 0, :, None], places[:, 1, None, :]].permute(0, 3, 1, 2)
+    """Each image moved by up to `reach` pixels in both directions, its edge repeated behind it.
+
+    A random crop after padding by `reach` (arXiv:1512.03385, which pads with zeros). Any dtype, the same shape; two
+    numbers of `rng` for each image.
+    """
+    count, _, height, width = pixels_BCYX.shape
+    steps = torch.from_numpy(rng.integers(0, 2 * reach + 1, size=(count, 2))) - reach
+    rows_BY = (steps[:, :1] + torch.arange(height)).clamp(0, height - 1)
+    columns_BX = (steps[:, 1:] + torch.arange(width)).clamp(0, width - 1)
+    images = torch.arange(count)[:, None, None]
+    moved_BYXC = pixels_BCYX.permute(0, 2, 3, 1)[images, rows_BY[:, :, None], columns_BX[:, None, :]]
+    return moved_BYXC.permute(0, 3, 1, 2)
 
 
 def mirrored(pixels_BCYX: Tensor, rng: np.random.Generator) -> Tensor:
-    """Half of the images, at random, with left and right exchanged."""
+    """Half of the images, at random, with left and right exchanged. Any dtype; one number of `rng` for each image."""
     chosen = torch.from_numpy(rng.random(len(pixels_BCYX)) < 0.5)
     return torch.where(chosen[:, None, None, None], pixels_BCYX.flip(-1), pixels_BCYX)
+
+
+def normalize(pixels_BCYX: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels from 0 to 255, of any dtype, as float32: (pixels / 255 - mean) / std, one of each for each channel."""
+    mean_C, std_C = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    return (pixels_BCYX.float() / 255 - mean_C) / std_C

@@ -22,7 +22,7 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -122,8 +122,21 @@ class Piece:
     last: bool
 
 
-def find_files(path: str | Path, options: ReadOptions, report: ReadReport) -> list[Path]:
+def check_head(path: Path) -> None:
+    """Refuse a file that is not text by its first bytes, decompressed. Raises InputError (see `detect`)."""
+    with open_regular(path) as raw:
+        check_text(_read(_opened(raw, path), HEAD, path), str(path))
+
+
+def find_files(
+    path: str | Path, options: ReadOptions, report: ReadReport, check: Callable[[Path], None] = check_head
+) -> list[Path]:
     """The text files at `path` in the order in which they are read: sorted by their parts.
+
+    Args:
+        path: a file or a folder.
+        options, report: as for `documents`.
+        check: raises InputError for a file that is not to be read.
 
     Raises:
         InputError: missing path (with the nearest name beside it), a special file, a binary file, or a folder
@@ -132,12 +145,12 @@ def find_files(path: str | Path, options: ReadOptions, report: ReadReport) -> li
     path = Path(path)
     if not _is_folder(path):
         _check_parents(path)
-        _check_head(path)
+        check(path)
         return [path]
     found = []
     for file in _walk(path, report):
         try:
-            _check_head(file)
+            check(file)
             found.append(file)
         except InputError as error:
             if isinstance(error, WrongEncodingError) and options.encoding_errors == "strict":
@@ -164,11 +177,6 @@ def _check_parents(path: Path) -> None:
         known = [entry.name for entry in folder.parent.iterdir()]
         found = f"no such folder: {str(folder)!r}{nearest(folder.name, known)}"
         raise InputError(str(path), found, "", "check the path")
-
-
-def _check_head(path: Path) -> None:
-    with open_regular(path) as raw:
-        check_text(_read(_opened(raw, path), HEAD, path), str(path))
 
 
 def _walk(root: Path, report: ReadReport) -> list[Path]:
@@ -207,7 +215,7 @@ def _read(stream: BinaryIO | gzip.GzipFile, size: int, path: Path) -> bytes:
         raise InputError(str(path), f"cannot be read: {error}", what) from error
 
 
-def _blocks(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[bytes]:
+def blocks(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[bytes]:
     """A file's bytes, decompressed, with the caps of `options` on what decompression may yield."""
     before = report.bytes
     with open_regular(path) as raw:
@@ -231,7 +239,7 @@ def decoded(path: Path, options: ReadOptions, report: ReadReport) -> Iterator[st
     """A file's text, block by block; a character cut by a block's end is carried to the next."""
     name, pending, offset, line, last_bad = str(path), b"", 0, 1, 0
     mode = {"strict": "strict", "replace": "replace", "skip": "ignore"}[options.encoding_errors]
-    for block, final in _with_last(_blocks(path, options, report)):
+    for block, final in _with_last(blocks(path, options, report)):
         data = pending + block
         if offset == 0 and data.startswith(UTF8_MARK):
             data, offset = data[len(UTF8_MARK) :], len(UTF8_MARK)
