@@ -221,6 +221,7 @@ def test_a_label_outside_the_named_ones_is_refused_with_its_row(tmp_path: Path) 
 def test_the_same_examples_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headway import prepare
 
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
     calls = []
     real = prepare.encode_all
     monkeypatch.setattr(prepare, "encode_all", lambda *args: calls.append(1) or real(*args))

@@ -99,7 +99,8 @@ def predicted(loaded: loading.Loaded, data: str, how: How) -> Predicted:
         return _images(loaded, data, how)
     report = ReadReport()
     files = find_tables(data, how.read, report)
-    found = list(examples(row for file in files for row in read_rows(file, how.read, report, how.columns)))
+    rows = (row for file in files for row in read_rows(file, how.read, report, how.columns))
+    found = list(examples(rows, skipped=report if how.read.skip_bad_rows else None))
     if how.limit is not None:
         count = min(how.limit, len(found))
         found = [found[place * len(found) // count] for place in range(count)]

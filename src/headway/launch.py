@@ -26,8 +26,10 @@ from headway.run_config import RunConfig
 from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.first_look import look
+from headway.training.forecast import Forecast, forecast
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.recipe import resolve, time_step
+from headway.training.throughput import resident_bytes
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
 
@@ -219,6 +221,14 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
     trainer = _trainer(plan, model, folder, listen, limits)
     say(Started(run.train.steps))
     return RunResult(folder, plan, trainer.fit(how.resume, how.override))
+
+
+def foretell(plan: Plan) -> Forecast:
+    """What a planned run will take; runs a few steps on its own data."""
+    run, made = plan.run, plan.material
+    assert run.data.context is not None
+    clock = partial(time_step, device=_device(run.train.device), trial=made.trial)
+    return forecast(plan.model, run.train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
 def _model(config: ModelConfig, made: Material) -> Transformer:

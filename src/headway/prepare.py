@@ -279,7 +279,7 @@ def _first_example(where: _Where) -> Example | None:
 def _examples(where: _Where, files: Iterable[Path], report: ReadReport) -> Iterator[Example]:
     d = where.run.data
     rows = chain.from_iterable(read_rows(file, read_options(d), report, d.columns) for file in files)
-    return examples(rows)
+    return examples(rows, skipped=report if d.skip_bad_rows else None)
 
 
 def _both_sides(where: _Where) -> tuple[list[Example], list[Example], str, list[str]]:

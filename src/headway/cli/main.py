@@ -19,11 +19,12 @@ from headway.errors import ConfigError, HeadwayError, nearest
 
 VERBS = {
     "demo": "Train a small GPT on the text that is on this machine and write with it.",
-    "train": "Train a model on text.",
+    "train": "Train a model on text, rows or images.",
+    "plan": "Say what a run would take: memory, time, what fits.",
     "generate": "Write text with a model.",
     "chat": "Talk with a model in the terminal.",
     "embed": "Turn texts into vectors.",
-    "eval": "Measure a model: perplexity and bits per byte, with intervals.",
+    "eval": "Measure a model, each figure with its interval.",
     "convert": "Write a model in another form: Hugging Face, GGUF, Headway.",
     "verify": "Prove that two forms of a model answer the same.",
     "fetch": "Get a packaged model, or one from the hub.",
