@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from headway.launch import RunEvent
 
+_TOKEN_HEADS = ("causal-lm", "masked-lm", "token-classification")
 _EVERY = 10.0  # seconds between plain lines
 
 
@@ -30,13 +31,13 @@ def shown(value: float | None, form: str = ".4g") -> str:
     return "n/a" if value is None else format(value, form)
 
 
-def step_line(event: StepEvent) -> str:
-    """Loss, rate, norm, speed, share of peak, memory and time left of one update."""
+def step_line(event: StepEvent, unit: str = "tok") -> str:
+    """Loss, rate, norm, speed in supervised `unit`s, share of peak, memory and time left of one update."""
     peak = "" if event.share_of_peak is None else f"{event.share_of_peak:.0%} of peak  "
     skipped = "" if event.applied else "  skipped"
     return (
         f"loss {shown(event.loss, '.3f')}  lr {event.lr:.2g}  grad {shown(event.grad_norm, '.2f')}  "
-        f"{size(event.tokens_per_second, '')}tok/s  {peak}{size(event.memory)}  ETA {duration(event.eta)}{skipped}"
+        f"{size(event.tokens_per_second, '')}{unit}/s  {peak}{size(event.memory)}  ETA {duration(event.eta)}{skipped}"
     )
 
 
@@ -56,7 +57,7 @@ class Display:
     def __init__(self) -> None:
         self._live: Progress | None = None
         self._task: TaskID | None = None
-        self._steps = 0
+        self._steps, self._unit = 0, "tok"
         self._last = -_EVERY
 
     def __enter__(self) -> Display:
@@ -86,6 +87,8 @@ class Display:
             case EvalEvent():
                 self.say(eval_line(event))
             case Plan():
+                # A class or a number per row is no token.
+                self._unit = "tok" if event.model.head.type in _TOKEN_HEADS else f" {event.material.unit}"
                 for line in event.lines():
                     self.say(line)
             case Started():
@@ -109,7 +112,8 @@ class Display:
 
     def _step(self, event: StepEvent) -> None:
         is_last = event.step >= self._steps
-        self._bar(event.step, self._steps, step_line(event), f"step {event.step}/{self._steps}  ", force=is_last)
+        prefix, line = f"step {event.step}/{self._steps}  ", step_line(event, self._unit)
+        self._bar(event.step, self._steps, line, prefix, force=is_last)
 
     def _bar(self, done: int, total: int, text: str, prefix: str = "", *, force: bool = False) -> None:
         if self._live is not None:

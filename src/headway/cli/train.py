@@ -176,7 +176,13 @@ def _next(printer: Printer, done: RunResult) -> None:
         steps = done.result.step - done.result.first
         printer.say(f"trained {steps:,} steps in {duration(done.result.seconds)}{measured}")
     printer.say(f"run folder {folder}, loss curve {folder / 'loss.svg'}")
-    printer.say(f"next: headway generate {folder} --prompt 'The'")
+    config, objective = done.plan.model, done.plan.run.objective
+    if config.kind == "decoder" and config.head.type == "causal-lm":
+        printer.say(f"next: headway generate {folder} --prompt 'The'")
+    elif objective is not None and objective.type == "masked-lm":
+        printer.say(f"next: headway generate {folder} --fill-mask, or headway train base={folder} data.path=ROWS")
+    else:
+        printer.say(f"next: headway eval {folder} --data FILE")
 
 
 def _print_config(printer: Printer, resolved: Resolved) -> None:
