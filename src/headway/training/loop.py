@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from headway import files
 from headway.checkpoints.folder import (
@@ -40,7 +39,7 @@ from headway.nn.heads import LanguageModelHead
 from headway.run_config import Train
 from headway.training import guards
 from headway.training.averaging import Average, shown
-from headway.training.evaluate import DTYPES, Evaluation, evaluate, precision, resting, to_device
+from headway.training.evaluate import DTYPES, Evaluation, evaluate, precision, resting
 from headway.training.events import (
     CheckpointEvent,
     EvalEvent,
@@ -51,8 +50,9 @@ from headway.training.events import (
     WarningEvent,
     number,
 )
+from headway.training.gradients import backward
 from headway.training.metrics import METRICS, MetricsLog
-from headway.training.objectives import BatchSource, TrainingBatch, count_supervised
+from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.optimizers import make_optimizer
 from headway.training.plot import write_loss_curve
 from headway.training.resume import Optimizer, Progress, RunState
@@ -291,22 +291,12 @@ class Trainer:
         """(supervised tokens, mean loss, gradient norm); gradients are left scaled by the loss scale."""
         passes = batch.split(self.train.accumulation)
         self._length = batch.inputs["input_ids"].shape[1] if "input_ids" in batch.inputs else 0
-        counts = [count_supervised(inputs) for inputs in passes]
-        tokens = sum(counts)
-        if not tokens:
+        scale = None if self.progress.scale.fixed else self.progress.scale.value
+        tokens, total = backward(self.model, passes, self._precision, scale)
+        if total is None:
             return 0, 0.0, 0.0
-        total: Tensor | None = None
-        for inputs, count in zip(passes, counts, strict=True):
-            if not count:
-                continue
-            with self._precision():
-                loss = self.model.loss(**to_device(inputs, self.device))
-            share = loss * (count / tokens)
-            torch.autograd.backward(share if self.progress.scale.fixed else share * self.progress.scale.value)
-            total = share.detach() if total is None else total + share.detach()
         norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        assert total is not None
         mean, length = torch.stack((total.to(norm), norm)).tolist()  # the step's one wait for the device
         return tokens, mean, length / self.progress.scale.value
 
