@@ -21,6 +21,7 @@ VERBS = {
     "demo": "Train a small GPT on the text that is on this machine and write with it.",
     "train": "Train a model on text, rows or images.",
     "plan": "Say what a run would take: memory, time, what fits.",
+    "watch": "Show the curves of a run, in the terminal or as a page.",
     "generate": "Write text with a model.",
     "chat": "Talk with a model in the terminal.",
     "embed": "Turn texts into vectors.",
