@@ -1,7 +1,14 @@
-"""Shared settings: one torch thread (tests run two at a time on two cores) and fixed seeds."""
+"""Shared settings: one torch thread (tests run two at a time on two cores), fixed seeds, a cache of the tests' own."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+
+from headway import machine
+from headway.strict import dump_json
 
 torch.set_num_threads(1)
 
@@ -9,3 +16,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace per absent device: 3 ms a test
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache with a made-up machine: no test depends on this one's speed, or on what its user has kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    rates = {1: 50.0, 2: 51.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADWAY_CACHE", str(folder))
+        key = machine._key("cpu")
+        fake = machine.Probe(*key, 1e9, {"float32": rates, "bfloat16": {1: 5.0, 2: 6.0}}, rates, rates, 2.0)
+        machine._file(key).write_text(dump_json(asdict(fake)))
+        yield folder

@@ -17,6 +17,9 @@ from headway.training import loop
 from objective_cases import CASES, SMALL, config, labelled, pair, rows_file, text  # isort: skip
 
 
+pytestmark = pytest.mark.usefixtures("cache")
+
+
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "write_loss_curve", lambda folder: None)
@@ -109,7 +112,6 @@ def test_a_label_outside_the_named_ones_is_refused_with_its_row(tmp_path: Path) 
 def test_the_same_examples_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headway import prepare
 
-    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
     calls = []
     real = prepare.encode_all
     monkeypatch.setattr(prepare, "encode_all", lambda *args: calls.append(1) or real(*args))

@@ -1,20 +1,17 @@
-"""A cache with a made-up machine probe (no test depends on this machine's speed), and one small trained run."""
+"""One small trained run, and the command in this process."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from headway import machine
 from headway.cli.main import main
-from headway.strict import dump_json
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "seven", "small", "birds", "near", "an", "old", "tree")
 
@@ -55,18 +52,6 @@ class Said(NamedTuple):
 
 
 Command = Callable[..., Said]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cache")
-    rates = {1: 50.0, 2: 51.0}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADWAY_CACHE", str(folder))
-        key = machine._key("cpu")
-        fake = machine.Probe(*key, 1e9, {"float32": rates, "bfloat16": {1: 5.0, 2: 6.0}}, rates, rates, 2.0)
-        machine._file(key).write_text(dump_json(asdict(fake)))
-        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from headway.training.objectives import TrainingBatch
 from objective_cases import CASES, config, rows_file  # isort: skip
 
 ROWS = 8
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def made(tmp_path: Path, name: str, **model: object) -> tuple[Transformer, TrainingBatch]:
