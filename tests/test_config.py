@@ -50,7 +50,9 @@ def is_valid(place: Place, value: object) -> bool:
         return True
     if isinstance(value, str) and place.schema.get("type") == "array":
         value = [value]
-    if "discriminator" in place.schema and isinstance(value, dict) and "type" not in value:
+    # A union that may also be left out stands one level deeper in the schema.
+    tagged = any("discriminator" in part for part in (place.schema, *place.schema.get("anyOf", ())))
+    if tagged and isinstance(value, dict) and "type" not in value:
         return False
     return accepts(place.schema, value, place.defs)
 

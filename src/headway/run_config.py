@@ -86,7 +86,7 @@ class SpanCorruption(Frozen):
 
     type: Literal["span-corruption"] = "span-corruption"
     rate: Share = 0.15
-    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    mean_span: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
 
 
 class Denoising(Frozen):
@@ -94,7 +94,7 @@ class Denoising(Frozen):
 
     type: Literal["denoising"] = "denoising"
     rate: Share = 0.3
-    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    mean_span: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
     shuffle: bool = True
 
 
