@@ -240,7 +240,7 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: r.base is not None and "kind" not in r.model and bool(r.model),
         lambda r: f"a model to train further ({r.base}) and sizes of a new one ({', '.join(r.model)})",
         "one of the two",
-        lambda r: f"leave out {', '.join(f'model.{key}' for key in r.model)}",
+        lambda r: "leave out base",
     ),
     Rule(
         ("tokenizer.path", "tokenizer.kind"),

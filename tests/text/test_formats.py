@@ -253,6 +253,11 @@ def test_templates_that_do_not_fit():
     made["post_processor"] = {"type": "TemplateProcessing", "single": twice, "pair": [], "special_tokens": {}}
     with pytest.raises(InputError, match="f post_processor: a template without the text, or with it twice"):
         Tokenizer(made, "f")
+    once = [{"Sequence": {"id": "A", "type_id": 0}}]
+    made["post_processor"] = {"type": "TemplateProcessing", "single": once, "pair": once, "special_tokens": {}}
+    fine = Tokenizer(made, "f")  # only who asks for pairs is told
+    with pytest.raises(InputError, match="f post_processor: a template without the text, or with it twice"):
+        _ = fine.pair_ids
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}\n{% endfor %}"

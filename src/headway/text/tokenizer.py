@@ -45,7 +45,6 @@ class Tokenizer:
         bos_id, eos_id, pad_id, unk_id, mask_id: the tokens in these roles, or None.
         special_ids: ids of all control tokens.
         prefix_ids, suffix_ids: what the file's template puts around one text, such as [CLS] and [SEP].
-        pair_ids: what it puts before, between and behind two texts.
         chat_template: the Jinja template that came with the tokenizer, or None; no part of `hash`.
 
     Raises:
@@ -72,12 +71,8 @@ class Tokenizer:
             self._plain = self._library(text if plain is spec.tree else dump_json(plain))
             self._plain.encode_special_tokens = True
             decoder = self._plain.decoder
-            self.prefix_ids, self.suffix_ids = _template(spec, where, "a")
-            self.pair_ids = _template(spec, where, "a", "a")
-        framing = [self.prefix_ids, self.suffix_ids, *self.pair_ids]
-        if max((number for ids in framing for number in ids), default=0) >= self.vocab_size:
-            found = f"ids {framing} with {self.vocab_size} tokens"
-            raise InputError(f"{where} post_processor", found, "ids of tokens")
+            self._post_processor = spec.tree.get("post_processor")
+            self.prefix_ids, self.suffix_ids = self._template("a")
         fallback = self.kind == "unigram" and spec.model.get("byte_fallback") is True
         self._unknown_bytes = [spec.vocab.get(byte_piece(byte)) for byte in range(256)] if fallback else []
         # The library holds every other spelling; a second list of them would be megabytes.
@@ -248,6 +243,27 @@ class Tokenizer:
         return (self._spelled.get(token_id) or self._plain.id_to_token(token_id)) if inside else None
 
     @cached_property
+    def pair_ids(self) -> tuple[tuple[int, ...], ...]:
+        """What the file's template puts before, between and behind two texts. Raises InputError if it has no such."""
+        with library_errors(self._where):
+            return self._template("a", "a")
+
+    def _template(self, *texts: str) -> tuple[tuple[int, ...], ...]:
+        """The ids that the post-processor puts around texts of one token, found by running it on them."""
+        place = f"{self._where} post_processor"
+        tree = empty_tree({"type": "BPE", "vocab": {"a": 0}, "merges": []}) | {"post_processor": self._post_processor}
+        made = tokenizers.Tokenizer.from_str(dump_json(tree)).encode(texts[0], texts[1] if len(texts) > 1 else None)
+        if made.special_tokens_mask.count(0) != len(texts):
+            raise InputError(place, "a template without the text, or with it twice", "the text once")
+        places = [number for number, special in enumerate(made.special_tokens_mask) if not special]
+        edges = zip([-1, *places], [*places, len(made.ids)], strict=True)
+        found = tuple(tuple(made.ids[left + 1 : right]) for left, right in edges)
+        if max((number for ids in found for number in ids), default=0) >= self.vocab_size:
+            listed = " and ".join(map(str, found))
+            raise InputError(place, f"ids {listed} with {self.vocab_size} tokens", "ids of tokens")
+        return found
+
+    @cached_property
     def _control(self) -> tokenizers.Tokenizer:
         # Built when first asked for: most work encodes user text only, and a vocabulary is megabytes.
         return self._library(self.to_json())
@@ -362,18 +378,6 @@ def _unreachable(spec: Spec, unk_id: int | None) -> tuple[dict[str, object], dic
     added = [{**entry, "content": names.get(str(entry["content"]), entry["content"])} for entry in entries]
     tree = {**spec.tree, "model": model, "added_tokens": added, "post_processor": None}
     return tree, {spec.vocab[content]: content for content in names}
-
-
-def _template(spec: Spec, where: str, *texts: str) -> tuple[tuple[int, ...], ...]:
-    """The ids that the post-processor puts before, between and behind texts of one token, found by running it."""
-    tree = empty_tree({"type": "BPE", "vocab": {"a": 0}, "merges": []})
-    tree["post_processor"] = spec.tree.get("post_processor")
-    made = tokenizers.Tokenizer.from_str(dump_json(tree)).encode(texts[0], texts[1] if len(texts) > 1 else None)
-    if made.special_tokens_mask.count(0) != len(texts):
-        raise InputError(f"{where} post_processor", "a template without the text, or with it twice", "the text once")
-    places = [place for place, special in enumerate(made.special_tokens_mask) if not special]
-    edges = zip([-1, *places], [*places, len(made.ids)], strict=True)
-    return tuple(tuple(made.ids[left + 1 : right]) for left, right in edges)
 
 
 @contextmanager
