@@ -17,7 +17,7 @@ from kill_campaign import Campaign, run_campaign
 from headway import files
 from headway.checkpoints.folder import checkpoint_path, list_checkpoints
 from headway.checkpoints.tensors import write_tensors
-from headway.training import loop, plot, resume
+from headway.training import plot, resume
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def naive_save(
 @pytest.mark.fault("S2")
 def test_control_a_naive_save_loses_what_had_been_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = Campaign(tmp_path, again=0)
-    monkeypatch.setattr(loop, "save_checkpoint", naive_save)
+    monkeypatch.setattr(resume, "save_checkpoint", naive_save)
     late = next(k for k, floor in enumerate(campaign.floors, 1) if floor == 4)
     campaign.at_primitive(late)
     assert any("had been saved" in line or "cannot be" in line for line in campaign.figures.wrong)

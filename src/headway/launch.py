@@ -6,6 +6,8 @@ the sizes, the config. `resume` starts from the run folder's own config.yaml.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +18,15 @@ import torch
 
 from headway import files, machine
 from headway.checkpoints.folder import CONFIG, MODEL, TOKENIZER, list_checkpoints
+from headway.checkpoints.tensors import tensor_hash
 from headway.config import ModelConfig
 from headway.cost import parameters, training_flops
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError
 from headway.nn import Transformer
 from headway.plain_yaml import dump_yaml
 from headway.prepare import Material, material
-from headway.run_config import RunConfig
+from headway.run_config import RunConfig, Train, flatten
+from headway.strict import dump_json, strict_json
 from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.first_look import look
@@ -30,6 +34,7 @@ from headway.training.forecast import Forecast, forecast
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.recipe import resolve, time_step
 from headway.training.throughput import resident_bytes
+from headway.training.world import World, joined
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
 
@@ -142,19 +147,32 @@ def train(run: RunConfig | Mapping[str, Any], how: Launch | None = None, on_even
         ConfigError, InputError, MachineError, DivergedError, Interrupted: see training.loop and data.
     """
     run = run if isinstance(run, RunConfig) else RunConfig(**run)
-    how, say = how or Launch(), on_event or (lambda event: None)
+    with joined(run.train.tensor_parallel, _device(run.train.device), run.train.collective_timeout) as world:
+        say = on_event if on_event is not None and world.is_first else (lambda event: None)
+        world.check_same(_facts(run))
+        return _in_world(run, how or Launch(), say, world)
+
+
+def _facts(run: RunConfig) -> dict[str, object]:
+    """What must be the same in all processes before they read anything (D3)."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    return {**flatten(run.model_dump(mode="json")), "headway": code, "torch": torch.__version__}
+
+
+def _in_world(run: RunConfig, how: Launch, say: OnEvent, world: World) -> RunResult:
     folder = Path(run.output) if run.output else default_output(run)
     if run.data.path is None:
         raise ConfigError("data.path", "missing", "a file or folder of text", "data.path=FILE")
-    if how.dry_run:
-        return _train(run, folder, how, say)
+    if how.dry_run or not world.is_first:
+        return _train(run, folder, how, say, world)
     is_new = not folder.exists()
     _claim(folder, how)
     try:
         with files.RunLock(folder, how.force, lambda line: say(Note(line))):
             if how.overwrite and how.resume == "never":
                 _clear(folder)
-            return _train(run, folder, how, say)
+            return _train(run, folder, how, say, world)
     except HeadwayError:
         if is_new and not any(folder.iterdir()):
             files.remove(folder)  # a corpus that cannot be read leaves no empty run behind
@@ -181,36 +199,34 @@ def _clear(folder: Path) -> None:
             files.remove_tree(folder / name)
 
 
-def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult:
-    made = material(
-        run,
-        folder,
-        how.resume != "never",
-        how.dry_run,
-        lambda text: say(Note(text)),
-        lambda name, done, total: say(Phase(name, done, total)),
+def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World) -> RunResult:
+    made = world.in_turn(
+        lambda: material(
+            run,
+            folder,
+            how.resume != "never",
+            how.dry_run,
+            lambda text: say(Note(text)),
+            lambda name, done, total: say(Phase(name, done, total)),
+        )
     )
     for line in made.lines:
         say(Note(f"note: {line}"))
     device = torch.device(_device(run.train.device))
-    limits = machine.probe(device.type)
-    choice = machine.choose(limits)
-    threads = run.train.threads or choice.threads
-    torch.set_num_threads(threads)
-    clock = partial(time_step, device=str(device), trial=made.trial)
-    config, run = resolve(made.run, made.facts, limits, clock)
-    # What budget and epochs gave is in train.steps now; a config that states both would be refused when read again.
-    settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads, "epochs": None})}
-    run = run.model_copy(update=settled)
+    limits = machine.probe(device.type) if world.is_first else None
+    config, run, reason = _settle(made, limits, world)
+    torch.set_num_threads(run.train.threads or 1)
     assert run.data.context is not None and run.train.batch_size is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
     model = _model(config, made).to(device)
-    plan = Plan(run, config, sum(parameters(config).values()), made, threads, choice.reason)
+    if world.size > 1:
+        world.check_same({"weights": tensor_hash(model.state_dict())})
+    plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason)
     say(plan)
     if how.dry_run:
         return RunResult(folder, plan, None)
     is_begun = how.resume != "never" and bool(list_checkpoints(folder))
-    if not is_begun:
+    if not is_begun and world.is_first:
         _describe(folder, plan)
 
     def listen(event: Event) -> None:
@@ -218,9 +234,38 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
             _describe(folder, plan, only_config=True)
         say(event)
 
-    trainer = _trainer(plan, model, folder, listen, limits)
+    trainer = _trainer(plan, model, folder, listen, limits, world)
+    world.check_same(trainer.source.identity)
     say(Started(run.train.steps))
     return RunResult(folder, plan, trainer.fit(how.resume, how.override))
+
+
+def _settle(made: Material, limits: machine.Probe | None, world: World) -> tuple[ModelConfig, RunConfig, str]:
+    """Model, run with nothing open, and why so many threads: decided by the first process, since it takes time."""
+
+    def decide() -> str:
+        assert limits is not None
+        choice = machine.choose(limits)
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = made.run.train.threads or max(choice.threads // beside, 1)
+        torch.set_num_threads(threads)
+        device = _device(made.run.train.device)
+
+        def clock(model: ModelConfig, train: Train, context: int) -> float:
+            share = -(-(train.batch_size or 1) // (train.accumulation * world.data_size)) * train.accumulation
+            return time_step(
+                model, train.model_copy(update={"batch_size": share}), context, device=device, trial=made.trial
+            )
+
+        config, run = resolve(made.run, made.facts, limits, clock)
+        # What budget and epochs gave is in train.steps now; a config that states both is refused when read again.
+        settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads, "epochs": None})}
+        run = run.model_copy(update=settled)
+        found = {"model": config.model_dump(mode="json"), "run": run.model_dump(mode="json"), "reason": choice.reason}
+        return dump_json(found)
+
+    found: Any = strict_json(world.told(decide), "plan")
+    return ModelConfig(**found["model"]), RunConfig(**found["run"]), found["reason"]
 
 
 def foretell(plan: Plan) -> Forecast:
@@ -245,8 +290,11 @@ def _model(config: ModelConfig, made: Material) -> Transformer:
 
 
 def _device(wanted: str) -> str:
+    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return local
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cpu"
     if wanted != "cpu" and not torch.cuda.is_available():
         raise MachineError("train.device", f"{wanted}, but this torch sees no GPU", "cpu", "train.device=cpu")
     return wanted
@@ -264,7 +312,9 @@ def _describe(folder: Path, plan: Plan, *, only_config: bool = False) -> None:
         files.atomic_write(folder / name, text.encode())
 
 
-def _trainer(plan: Plan, model: Transformer, folder: Path, listen: Listener, limits: machine.Probe) -> Trainer:
+def _trainer(
+    plan: Plan, model: Transformer, folder: Path, listen: Listener, limits: machine.Probe | None, world: World
+) -> Trainer:
     run, t, made = plan.run, plan.run.train, plan.material
     assert run.data.context is not None
     writes = made.tokenizer is not None and run.objective is not None and run.objective.type == "causal-lm"
@@ -272,11 +322,11 @@ def _trainer(plan: Plan, model: Transformer, folder: Path, listen: Listener, lim
         listener=listen,
         sample=partial(_sample, model, made.tokenizer, run) if writes and made.tokenizer and t.sample_tokens else None,
         flops_per_token=training_flops(plan.model, run.data.context) if made.facts.rows is None else None,
-        peak_flops=limits.peak(t.dtype, plan.threads),
+        peak_flops=None if limits is None else limits.peak(t.dtype, plan.threads) * world.size,
     )
     source, evaluation = made.source(plan.model, run), partial(made.evaluation, plan.model, run)
     look(source, plan.model, None if made.tokenizer is None else made.tokenizer.bos_id)
-    return Trainer(model, source, t, folder, evaluation, run.model_dump(mode="json"), hooks)
+    return Trainer(model, source, t, folder, evaluation, run.model_dump(mode="json"), hooks, world=world)
 
 
 def _sample(model: Transformer, tokenizer: Tokenizer, run: RunConfig) -> str:

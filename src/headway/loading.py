@@ -31,7 +31,8 @@ from headway.checkpoints.folder import (
 )
 from headway.checkpoints.gguf import MAGIC, read_gguf
 from headway.checkpoints.gguf_model import GgufModel
-from headway.checkpoints.tensors import check_finite, read_tensors, tensor_hash
+from headway.checkpoints.shards import SHARED_HASH, read_group
+from headway.checkpoints.tensors import check_finite, tensor_hash
 from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
@@ -215,9 +216,10 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
     if config.vocab_size:
         tokenizer = Tokenizer.load(run / TOKENIZER)
         check_tokenizer(run, config, tokenizer, manifest, force=force_tokenizer)
-    weights = read_tensors(folder / WEIGHTS)
     # On the meta device first: a config that asks for more than the file holds must not take memory.
-    check_weights(Transformer.blank(config), weights, folder / WEIGHTS, run / MODEL)
+    blank = Transformer.blank(config)
+    weights = dict(read_group(folder, WEIGHTS, ties=blank.ties))
+    check_weights(blank, weights, folder / WEIGHTS, run / MODEL)
     family, architecture, raw = _origin(manifest)
     return Loaded(
         Transformer.of(config, weights),
@@ -229,7 +231,7 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
         step=manifest.step,
         notes=notes,
         raw=raw,
-        known_hash=manifest.weights,
+        known_hash="" if manifest.weights.startswith(SHARED_HASH) else manifest.weights,
     )
 
 

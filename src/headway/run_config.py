@@ -167,7 +167,9 @@ class Train(Frozen):
     `batch_size` is sequences per update, split into `accumulation` passes. `lr` is the peak rate and
     `muon_lr` that of Muon's matrices; `beta1` and `beta2` are AdamW's and Lion's. `warmup` counts steps; `schedule`
     wsd decays over its last `decay` share. `z_loss` weighs log^2 Z (arXiv:2204.02311), `ema` is the decay of the
-    averaged weights, `checkpoint_activations` runs blocks twice for less memory, to the same bits.
+    averaged weights, `checkpoint_activations` runs blocks twice for less memory, to the same bits. Of several processes
+    each holds the whole model (`strategy` ddp) or a share of it (fsdp), and `tensor_parallel` of them share the work on
+    the same rows; one that hears nothing of the others for `collective_timeout` seconds gives up.
     """
 
     steps: Count | None = None
@@ -201,6 +203,9 @@ class Train(Frozen):
     on_spike: Literal["warn", "skip"] = "warn"
     sample_prompt: str = ""
     sample_tokens: Count = 64
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    tensor_parallel: Positive = 1
+    collective_timeout: PositiveReal = 1800.0
     threads: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"

@@ -19,6 +19,7 @@ from headway.training.averaging import Average
 from headway.training.evaluate import evaluate
 from headway.training.events import EvalEvent
 from headway.training.optimizers import make_optimizer
+from headway.training.parallel import Parallel
 from headway.training.resume import load_weights
 
 
@@ -28,7 +29,7 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def held_out(model: Transformer) -> float:
-    found = evaluate(model, valid(), torch.device("cpu"), contextlib.nullcontext)
+    found = evaluate(Parallel(model), valid(), torch.device("cpu"), contextlib.nullcontext)
     assert found is not None and found.loss is not None
     return found.loss
 

@@ -18,6 +18,7 @@ from headway.nn import Transformer
 from headway.nn.heads import EmbeddingHead
 from headway.training.gradients import backward
 from headway.training.objectives import TrainingBatch
+from headway.training.parallel import Parallel
 
 from objective_cases import CASES, config, rows_file  # isort: skip
 
@@ -42,7 +43,7 @@ def made(tmp_path: Path, name: str, **model: object) -> tuple[Transformer, Train
 def gradients(model: Transformer, passes: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     torch.manual_seed(1)
-    _, loss = backward(model, passes, nullcontext)
+    _, loss = backward(Parallel(model), passes, nullcontext)
     assert loss is not None
     return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

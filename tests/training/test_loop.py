@@ -23,6 +23,7 @@ from headway.training.evaluate import evaluate
 from headway.training.events import CheckpointEvent, EvalEvent, StepEvent
 from headway.training.loop import Hooks, Trainer, configure
 from headway.training.objectives import IGNORED, ShuffledExamples, TrainingBatch
+from headway.training.parallel import Parallel
 from headway.training.schedules import scale
 
 
@@ -152,7 +153,7 @@ def test_evaluation_is_the_mean_over_tokens_and_bits_over_bytes(tmp_path: Path) 
     state = torch.get_rng_state()
     from contextlib import nullcontext
 
-    found = evaluate(model, valid(), torch.device("cpu"), nullcontext)
+    found = evaluate(Parallel(model), valid(), torch.device("cpu"), nullcontext)
     assert found is not None and found.tokens == tokens
     assert found.loss == pytest.approx(nats / tokens, abs=1e-12)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, abs=1e-12)

@@ -54,18 +54,18 @@ def straight(tmp_path: Path, variant: str, d_model: int = 16) -> tuple[Path, dic
     """One uninterrupted run, and a copy of its folder as it stood after each step."""
     run = tmp_path / "straight"
     copies: dict[int, Path] = {}
-    original = loop.save_checkpoint
+    original = resume.save_checkpoint
 
     def keep(folder: Path, step: int, *args: object, **options: object) -> Path:
         path = original(folder, step, *args, **options)  # type: ignore[arg-type]
         copies[step] = shutil.copytree(folder, tmp_path / f"copy-{step}")
         return path
 
-    loop.save_checkpoint = keep  # type: ignore[assignment]
+    resume.save_checkpoint = keep  # type: ignore[assignment]
     try:
         final = long_run(run, variant, d_model).fit().checkpoint
     finally:
-        loop.save_checkpoint = original
+        resume.save_checkpoint = original
     return final, copies
 
 
@@ -165,6 +165,9 @@ OTHER: dict[str, object] = {
     "optimizer": "adamw",
     "lr": 0.02,
     "muon_lr": 0.03,
+    "strategy": "fsdp",
+    "tensor_parallel": 2,
+    "collective_timeout": 60.0,
     "schedule": "cosine",
     "warmup": 3,
     "decay": 0.3,

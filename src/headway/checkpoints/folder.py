@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,6 +250,7 @@ def save_checkpoint(
     protect: Collection[int] = (),
     moved: bool = True,
     overwrite: bool = False,
+    shares: Callable[[Path], str] | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-N by the protocol above and return it.
 
@@ -262,6 +263,7 @@ def save_checkpoint(
         protect: steps never removed, such as the best one.
         moved: False when the weights need not have changed since the last save (learning rate 0).
         overwrite: replace a good checkpoint of the same step instead of refusing (S13).
+        shares: has every process write its share into the temporary folder (shards.py), gives the weights' hash.
 
     Raises MachineError (disk; the last checkpoint is untouched) and BugError (weights identical to the
     previous checkpoint's although `moved`, S10).
@@ -274,20 +276,19 @@ def save_checkpoint(
             raise BugError("checkpoint", f"file name {name!r}", "a bare file name")
     if moved and tensors.get(WEIGHTS):
         _refuse_unmoved(run, step, weights)
-    records: dict[str, dict[str, int | str]] = {name: {} for name in contents}
     layout = {name: shapes(group) for name, group in tensors.items()}
-    manifest = Manifest(step, weights, records, layout, dict(meta))
     files.make_dir(target.parent)
     files.sync(run)
     temporary = files.temporary_sibling(target)
     try:
         files.make_dir(temporary)
-        for name, data in contents.items():
-            files.write(temporary / name, _recorded(data, records[name]))
-            files.sync(temporary / name)
-        files.write(temporary / MANIFEST, _seal({"format": FORMAT, **asdict(manifest)}))
-        files.sync(temporary / MANIFEST)
-        files.sync(temporary)
+        records: dict[str, dict[str, int | str]] = {}
+        if shares is not None:
+            weights = shares(temporary)
+            if moved:
+                _refuse_unmoved(run, step, weights)
+            records = _recorded_shares(temporary)
+        _fill(temporary, contents, Manifest(step, weights, records, layout, dict(meta)))
         _set_aside(target, overwrite)
         files.rename(temporary, target)
     except BaseException:
@@ -298,6 +299,28 @@ def save_checkpoint(
     files.atomic_write(target.parent / LATEST, target.name.encode() + b"\n")
     _prune(run, target, max(keep, 2), protect)
     return target
+
+
+def _recorded_shares(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Force what other processes wrote to the disk; its sizes and hashes."""
+    records: dict[str, dict[str, int | str]] = {}
+    for path in sorted(folder.iterdir()):
+        files.sync(path)
+        with files.open_regular(path) as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
+        records[path.name] = {"size": size, "sha256": digest.hexdigest()}
+    return records
+
+
+def _fill(folder: Path, contents: Mapping[str, files.Content], manifest: Manifest) -> None:
+    """Write the files, then the manifest that records them."""
+    for name, data in contents.items():
+        record = manifest.files[name] = {}
+        files.write(folder / name, _recorded(data, record))
+        files.sync(folder / name)
+    files.write(folder / MANIFEST, _seal({"format": FORMAT, **asdict(manifest)}))
+    files.sync(folder / MANIFEST)
+    files.sync(folder)
 
 
 class SaveOptions(TypedDict, total=False):

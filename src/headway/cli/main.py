@@ -86,10 +86,9 @@ def _run(words: list[str]) -> int:
     # A flag that may have a value: `--resume auto`, in either spelling.
     rest = [part for word in words[1:] for part in re.sub(r"^--resume=", "--resume\0", word).split("\0")]
     options = parse(module.Options, rest, f"headway {verb}", VERBS[verb])
-    if not isinstance(options, int):
-        module.run(options)
+    code: int | None = options if isinstance(options, int) else module.run(options)
     sys.stdout.flush()
-    return options if isinstance(options, int) else 0
+    return code or 0
 
 
 def _report(line: str, code: int, debug: bool) -> int:

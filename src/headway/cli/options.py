@@ -82,6 +82,18 @@ def parse(options: type[T], arguments: Sequence[str], program: str, summary: str
     return parsed[0] if parsed else int(code or 0)
 
 
+def arguments(options: Common) -> list[str]:
+    """The command line that parses to these options."""
+    out = list(options.words or [])
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "words" or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        out += [flag] if value is True else [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
+    return out
+
+
 def usage_error(message: str, program: str) -> ConfigError:
     """What the parser says about wrong usage, as one of our errors."""
     found = message.strip().rstrip(".")

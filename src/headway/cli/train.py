@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from headway.cli.options import Common, option
+from headway.cli import workers
+from headway.cli.options import Common, arguments, option
 from headway.cli.output import Printer, duration
 from headway.errors import ConfigError
 
@@ -54,6 +55,7 @@ class Options(Common):
     device: Annotated[str | None, option(help="auto, cpu or cuda (train.device).")] = None
     dtype: Annotated[str | None, option(help="auto, float32, bfloat16 or float16 (train.dtype).")] = None
     threads: Annotated[int | None, option(help="Threads of the CPU (train.threads).")] = None
+    nproc: Annotated[int | None, option(help="Processes of this machine that train together.")] = None
 
     @property
     def keys(self) -> list[str]:
@@ -108,18 +110,23 @@ def read_config(options: Options) -> tuple[Resolved, Literal["never", "auto", "m
     return resolved, "auto" if "auto" in options.paths else "must"
 
 
-def run(options: Options) -> None:
-    """Resolve, train, and say what to do next."""
+def run(options: Options) -> int:
+    """Resolve, train, and say what to do next; with several processes, start them. The exit code."""
     printer = Printer(json=options.json)
     resolved, resume = read_config(options)
+    if options.nproc is not None and not workers.is_worker():
+        return workers.start(["train", *arguments(replace(options, nproc=None))], options.nproc)
     if options.print_config:
-        return _print_config(printer, resolved)
+        _print_config(printer, resolved)
+        return 0
     from headway.cli.display import Display
     from headway.launch import Launch, train
 
     how = Launch(resume, options.override, options.overwrite, options.force, options.dry_run or options.show_batch)
     with Display() as display:
         done = train(resolved.run, how, display)
+    if not workers.is_first():
+        return 0
     if options.show_batch:
         _show_batch(done, next((word for word in options.paths if word.endswith(".html")), ""), printer)
     printer.result(summary(done))
@@ -127,6 +134,7 @@ def run(options: Options) -> None:
         _next(printer, done)
     else:
         printer.say("nothing was trained (--dry-run)")
+    return 0
 
 
 def _show_batch(done: RunResult, where: str, printer: Printer) -> None:

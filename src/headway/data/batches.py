@@ -107,9 +107,9 @@ class PackedBatches:
     def _epoch(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
         """An epoch's offset and the order of its windows: hashes, sorted. 8 bytes a window, two epochs kept."""
         if epoch not in self._epochs:
-            keys = np.arange(self.windows, dtype=np.uint64) + np.uint64(_mix_int(self.seed, epoch, 2))
+            keys = np.arange(self.windows, dtype=np.uint64) + np.uint64(hash_of(self.seed, epoch, 2))
             self._epochs = dict(list(self._epochs.items())[-1:])
-            offset = _mix_int(self.seed, epoch, 1) % self._pairs
+            offset = hash_of(self.seed, epoch, 1) % self._pairs
             self._epochs[epoch] = offset, np.argsort(_mix(keys), kind="stable")
         return self._epochs[epoch]
 
@@ -200,12 +200,12 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def hashed_uniform(places: NDArray[np.int64], use: int) -> NDArray[np.float64]:
     """A number in [0, 1) for each place, the same whenever it is asked for; another `use`, other numbers."""
-    keys = places.astype(np.uint64) + np.uint64(_mix_int(use))
+    keys = places.astype(np.uint64) + np.uint64(hash_of(use))
     return (_mix(keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix_int(*parts: int) -> int:
-    """One hash of a few integers."""
+def hash_of(*parts: int) -> int:
+    """One 64-bit hash of a few integers, the same on every machine."""
     state = np.zeros(1, dtype=np.uint64)
     for part in parts:
         state = _mix(state + np.array([(part + 1) & _MASK], dtype=np.uint64))

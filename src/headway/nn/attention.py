@@ -163,8 +163,10 @@ class Attention(nn.Module):
     """Multi-head attention with n_kv_heads keys and values: n_heads (MHA), 1 (MQA) or between (GQA).
 
     Self-attention projects queries, keys and values with one matrix `qkv`, rows in that order; cross-attention has
-    `q` for the decoder's states and `kv` for the encoder's.
+    `q` for the decoder's states and `kv` for the encoder's. Split among processes it has the heads from `first` on.
     """
+
+    first, is_split = 0, False
 
     def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
@@ -229,6 +231,8 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
         how = Scores(self.scale, self.softcap, self.dropout if self.training else 0.0)
+        if self.is_split and bias is not None:
+            bias = bias[:, self.first : self.first + self.N]
         out: Tensor = self.output(attend(q, k.to(q.dtype), v.to(q.dtype), mask, how, bias).flatten(-2))
         return out
 

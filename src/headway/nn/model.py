@@ -90,6 +90,13 @@ class Transformer(nn.Module):
         if self.config.embeddings.tied and isinstance(self.head, LanguageModelHead) and isinstance(table, nn.Embedding):
             self.head.output.weight = table.weight
 
+    @property
+    def ties(self) -> dict[str, str]:
+        """{name: first name} of parameters that stand under two names."""
+        first: dict[int, str] = {}
+        named = self.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from headway.errors import ConfigError
+from headway.training.parts import exported, is_shared_out, local, part
 
 
 class Average:
@@ -38,20 +39,21 @@ class Average:
                 found = f"weights of {str(p.dtype).removeprefix('torch.')} ({name})"
                 fix = "float32 weights (train.dtype=bfloat16 keeps them so), or leave out train.ema"
                 raise ConfigError("train.ema", found, "weights in float32", fix)
-        self.values = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.values = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are after an update."""
         kept = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(tuple(self.values.values()), tuple(self.parameters.values()), 1 - kept)
+        torch._foreach_lerp_(tuple(self.values.values()), [local(p) for p in self.parameters.values()], 1 - kept)
         self.updates += 1
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The model holds the average inside, its own weights afterwards; nothing is copied.
 
-        The state dict taken inside stays that of the average until the next update.
+        The state dict taken inside stays that of the average until the next update. Where processes share the weights
+        out they are exchanged by value, since torch keeps views of that memory, and so the state dict is a copy.
         """
         self._swap()
         try:
@@ -61,18 +63,27 @@ class Average:
 
     def _swap(self) -> None:
         for name, p in self.parameters.items():
-            p.data, self.values[name] = self.values[name], p.data
+            if is_shared_out(p):
+                own, other = local(p), self.values[name]
+                kept = own.clone()
+                own.copy_(other)
+                other.copy_(kept)
+            else:
+                p.data, self.values[name] = self.values[name], p.data
 
     def state(self) -> dict[str, Any]:
         """The number of updates, and the weights of the last step by name; the average is what `shown` shows."""
-        return {"updates": self.updates, "weights": {name: p.detach() for name, p in self.parameters.items()}}
+        return {
+            "updates": self.updates,
+            "weights": {name: exported(local(p).detach(), p) for name, p in self.parameters.items()},
+        }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned, bit for bit; the average itself is loaded into the model while `shown`."""
         self.updates = state["updates"]
         for name, p in self.parameters.items():
-            p.copy_(state["weights"][name])
+            local(p).copy_(part(state["weights"][name], p))
 
 
 def shown(average: Average | None) -> AbstractContextManager[None]:

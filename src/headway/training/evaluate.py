@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headway.nn import Transformer
-from headway.training.objectives import TrainingBatch
+from headway.training.objectives import TrainingBatch, count_supervised
+from headway.training.parallel import Parallel
 
 
 class Evaluation(NamedTuple):
@@ -50,7 +50,7 @@ def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, T
 
 
 def evaluate(
-    model: Transformer,
+    parallel: Parallel,
     batches: Iterable[TrainingBatch],
     device: torch.device,
     precision: Callable[[], AbstractContextManager[object]],
@@ -58,22 +58,29 @@ def evaluate(
 ) -> Evaluation | None:
     """The mean over all supervised tokens of `batches`; None if `interrupted` came true meanwhile.
 
+    Processes that train together share out the rows.
+
     Bits per byte are total nats / ln 2 / total bytes of text, so they compare across tokenizers; they exist only
     if every batch knows its bytes. No supervised token at all gives None for both, never NaN.
     """
+    world = parallel.world
     nats, tokens, size, is_text = 0.0, 0, 0, True
-    with resting(model, device):
+    with resting(parallel.model, device):
         for batch in batches:
             if interrupted():
+                parallel.settle()
                 return None
             count = batch.tokens
             if not count:
                 continue
-            with precision():
-                loss = model.loss(**to_device(batch.inputs, device))
-            nats += float(loss) * count
+            pieces = batch.split(world.data_size)
+            for inputs, weight in world.share(pieces, [count_supervised(piece) for piece in pieces]):
+                with precision():
+                    nats += float(parallel.loss(to_device(inputs, device))) * weight * count
             tokens += count
             is_text &= batch.bytes is not None
             size += batch.bytes or 0
+        parallel.settle()
+    (nats,) = world.sums(nats / world.tensor)
     bits = nats / math.log(2) / size if is_text and size else None
     return Evaluation(nats / tokens if tokens else None, bits, tokens)

@@ -13,66 +13,87 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from headway.nn import Transformer
 from headway.nn.heads import EmbeddingHead
 from headway.training.evaluate import to_device
 from headway.training.objectives import count_supervised
+from headway.training.parallel import Parallel
 from headway.training.resume import random_state, restore_random
+from headway.training.world import Share
 
 Inputs = Mapping[str, Tensor]
 Precision = Callable[[], AbstractContextManager[object]]
 
 
 def backward(
-    model: Transformer, passes: Sequence[Inputs], precision: Precision, scale: float | None = None
+    parallel: Parallel, passes: Sequence[Inputs], precision: Precision, scale: float | None = None
 ) -> tuple[int, Tensor | None]:
     """Add the gradient of the batch's mean loss to the parameters.
 
     Args:
-        model: in training mode, its gradients as they are. passes: parts of one batch, `labels` among them.
-        precision: makes the context that a forward pass runs in. scale: of the loss, for float16.
+        parallel: a model in training mode, its gradients as they are. passes: parts of one batch, `labels` among them,
+            so many that each process has its own. precision: makes the context that a forward pass runs in.
+        scale: of the loss, for float16.
 
-    Returns (supervised labels, mean loss), the loss None if there are no labels.
+    Returns (supervised labels of the batch, this process's share of the mean loss), None if there are no labels.
     """
+    model, world = parallel.model, parallel.world
     device = next(model.parameters()).device
     counts = [count_supervised(inputs) for inputs in passes]
     tokens = sum(counts)
-    if isinstance(model.head, EmbeddingHead) and len(passes) > 1 and tokens:
-        return tokens, _together(model, [to_device(inputs, device) for inputs in passes], precision, scale or 1.0)
+    if not tokens:
+        return 0, None
+    own = list(world.share(passes, counts))
     total: Tensor | None = None
-    for inputs, count in zip(passes, counts, strict=True):
-        if not count:
-            continue
-        with precision():
-            loss = model.loss(**to_device(inputs, device))
-        share = loss * (count / tokens)
-        torch.autograd.backward(share if scale is None else share * scale)
-        total = share.detach() if total is None else total + share.detach()
+    if isinstance(model.head, EmbeddingHead) and len(passes) > 1:
+        labels = torch.cat([inputs["labels"] for inputs in passes]).to(device)
+        total = _together(parallel, own, [len(i["labels"]) for i in passes], labels, precision, scale or 1.0)
+    else:
+        for number, (inputs, weight) in enumerate(own):
+            with parallel.last(number + 1 == len(own)):
+                with precision():
+                    loss = parallel.loss(to_device(inputs, device))
+                share = loss * weight
+                # Processes that share out the rows take the mean of their gradients; this makes it the sum.
+                factor = world.data_size * (scale or 1.0)
+                torch.autograd.backward(share if factor == 1 else share * factor)
+            total = share.detach() if total is None else total + share.detach()
+    parallel.finish()
     return tokens, total
 
 
-def _together(model: Transformer, passes: Sequence[dict[str, Tensor]], precision: Precision, scale: float) -> Tensor:
-    """One contrastive loss over the rows of all passes; what is drawn in a pass is drawn again in its second run."""
-    device = passes[0]["labels"].device
-    labels = torch.cat([inputs["labels"] for inputs in passes])
-    inputs = [{name: tensor for name, tensor in one.items() if name != "labels"} for one in passes]
+def _together(
+    parallel: Parallel, own: Sequence[Share], sizes: Sequence[int], labels: Tensor, precision: Precision, scale: float
+) -> Tensor:
+    """One contrastive loss over the rows of all passes; what is drawn in a pass is drawn again in its second run.
+
+    `own` are this process's passes, `sizes` and `labels` those of all passes of all processes.
+    """
+    model, world, device = parallel.model, parallel.world, labels.device
+    inputs = [{name: tensor for name, tensor in one.items() if name != "labels"} for one, _ in own]
     states, vectors = [], []
     with torch.no_grad():
         for one in inputs:
             states.append(random_state(device))
             with precision():
-                vectors.append(model(**one).logits)
-    whole = torch.cat(vectors).requires_grad_()
+                vectors.append(parallel.vectors(to_device(one, device)))
+        rows = world.gathered(vectors, sizes)
+    whole = rows.requires_grad_()
     loss = model.head.loss(whole, labels)
-    (slope,) = torch.autograd.grad(loss * scale, whole)
-    balanced = loss.detach()
-    for one, state, part in zip(inputs, states, torch.split(slope, [len(v) for v in vectors]), strict=True):
+    # Processes that share out the rows take the mean of their gradients; the factor makes it the sum.
+    factor = world.data_size * scale
+    (slope,) = torch.autograd.grad(loss * factor, whole)
+    slopes = torch.split(slope, list(sizes))[world.data_rank :: world.data_size]
+    total = loss.detach() / world.data_size
+    for number, (one, state, (_, weight)) in enumerate(zip(inputs, states, own, strict=True)):
         restore_random(state, device)
-        with precision():
-            found = model(**one).logits
-        torch.autograd.backward(found, part, retain_graph=(extra := model.balance_loss()) is not None)
-        if extra is not None:
-            share = extra * (len(part) / len(whole))
-            torch.autograd.backward(share * scale)
-            balanced = balanced + share.detach()
-    return balanced
+        with parallel.last(number + 1 == len(own)):
+            with precision():
+                found = parallel.vectors(to_device(one, device))
+            part = slopes[number] if weight else torch.zeros_like(found)
+            roots, gradients = [found], [part]
+            if (extra := model.balance_loss()) is not None:
+                share = extra * weight
+                roots, gradients = [*roots, share], [*gradients, torch.full_like(share, factor)]
+                total = total + share.detach()
+            torch.autograd.backward(roots, gradients)
+    return total

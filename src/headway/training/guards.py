@@ -17,6 +17,7 @@ from headway.config import CausalLM, MaskedLM, ModelConfig
 from headway.errors import DivergedError, MachineError
 from headway.nn.heads import LOGIT_BYTES
 from headway.run_config import Train
+from headway.training.parts import local
 
 WINDOW = 64
 WARM = 16
@@ -86,7 +87,8 @@ def describe_nonfinite(loss: float, norm: float, sample_ids: Sequence[int]) -> s
 
 def check_finite_weights(model: nn.Module, step: int) -> None:
     """Refuse to save weights that hold NaN or infinity. Raises DivergedError naming the first such tensor."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+    held = ((name, local(p.detach())) for name, p in model.named_parameters() if p.is_floating_point())
+    weights = {name: tensor for name, tensor in held if tensor.numel()}
     norms = torch.stack(torch._foreach_norm(list(weights.values()), math.inf)).tolist()
     for name, norm in zip(weights, norms, strict=True):
         if not math.isfinite(norm):

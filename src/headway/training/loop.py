@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,6 @@ from headway.checkpoints.folder import (
     clean_temporary,
     list_checkpoints,
     newest_good,
-    save_checkpoint,
 )
 from headway.errors import ConfigError, DivergedError, InputError, Interrupted, MachineError
 from headway.nn import Transformer
@@ -54,11 +54,14 @@ from headway.training.gradients import backward
 from headway.training.metrics import METRICS, MetricsLog
 from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.optimizers import make_optimizer
+from headway.training.parallel import Parallel
+from headway.training.parts import local
 from headway.training.plot import write_loss_curve
 from headway.training.resume import Optimizer, Progress, RunState
 from headway.training.schedules import scale
 from headway.training.signals import StopSignals
 from headway.training.throughput import Meter, memory_reader
+from headway.training.world import ALONE, World
 
 Resume = Literal["never", "auto", "must"]
 # Below this rate weights of usual size need not change in float32, and the check against saving twice the same
@@ -123,7 +126,8 @@ class Trainer:
         valid: starts a pass over the evaluation batches.
         config: the whole resolved config as JSON values; a resume compares it. Default: train and model.
         hooks: listener, sampler, and what throughput is measured against.
-        optimizer: default optimizers.make_optimizer.
+        optimizer: makes one of the model's parameters; default optimizers.make_optimizer.
+        world: the processes that train together. The first of them writes and speaks; it holds the lock.
     """
 
     model: Transformer
@@ -134,6 +138,7 @@ class Trainer:
     config: Mapping[str, object] | None = None
     hooks: Hooks = field(default_factory=Hooks)
     optimizer: Optimizer | None = None
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         if self.train.steps is None:
@@ -143,15 +148,16 @@ class Trainer:
         configure(self.model, self.train)
         dtype = DTYPES[self.train.dtype]
         self._precision = partial(precision, self.train.dtype, self.device)
+        self._parallel = Parallel(self.model, self.world, self.train.strategy)
         self._updater = self.optimizer or make_optimizer(self.model, self.model.config, self.train)
         plain = {"train": self.train.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
         self._average = Average(self.model, self.train.ema) if self.train.ema is not None else None
         self._state = RunState(
-            self.model, self._updater, self.config or plain, self.source.identity, dtype, self.device, self._average
+            self._parallel, self._updater, self.config or plain, self.source.identity, dtype, self.device, self._average
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.progress = Progress(scale=guards.LossScale.for_dtype(dtype))
-        self._listener = self.hooks.listener
+        self._listener = self.hooks.listener if self.world.is_first else None
         self._log = MetricsLog(self.folder / METRICS, partial(self._warn, "metrics"))
         self._meter = Meter(self.hooks.flops_per_token, self.hooks.peak_flops, memory_reader(self.device))
         self._saved: tuple[int, int] | None = None  # (step, evaluated) of the newest checkpoint
@@ -185,9 +191,10 @@ class Trainer:
                 self._warn("diverged", str(error))
                 raise
             finally:
-                self._log.flush()
-                if signals.caught is None or self._is_saved():
-                    self._draw()
+                if self.world.is_first:
+                    self._log.flush()
+                    if signals.caught is None or self._is_saved():
+                        self._draw()
         p = self.progress
         early = p.step < self.steps
         return Result(
@@ -214,20 +221,23 @@ class Trainer:
                 self._save()
             if is_over:
                 return
-            if signals.caught is not None:
+            caught = self._agreed(signals)
+            if caught is not None:
                 self._save()
-                name = f"signal {signals.caught}"
+                name = f"signal {caught}"
                 found = f"stopped after step {p.step} of {self.steps}, saved in {self._what_stands()}"
-                raise Interrupted(signals.caught, name, found, "--resume goes on from there")
+                raise Interrupted(caught, name, found, "--resume goes on from there")
             with self._naming_memory():
                 self._update()
 
     def _begin(self, resume: Resume, override: bool) -> None:
         """Look before the leap: a folder that can be written, and the state to start from."""
         weights = sum(p.numel() * p.element_size() for p in self._parameters)
-        files.check_writable(self.folder, need=3 * weights)
-        for orphan in clean_temporary(self.folder):
-            self._warn("orphan", f"removed {orphan.name}, left unfinished by a killed run")
+        if self.world.is_first:
+            files.check_writable(self.folder, need=3 * weights)
+            for orphan in clean_temporary(self.folder):
+                self._warn("orphan", f"removed {orphan.name}, left unfinished by a killed run")
+        self.world.wait()
         found = self._find(resume)
         if found is None:
             torch.manual_seed(self.train.seed)
@@ -259,6 +269,7 @@ class Trainer:
 
     def _update(self) -> None:
         p = self.progress
+        self.world.seed(self.train.seed, p.step)
         batch = self.source.batch(p.step)
         tokens, loss, norm = self._gradients(batch)
         rate = scale(p.step, self.train)
@@ -289,16 +300,15 @@ class Trainer:
 
     def _gradients(self, batch: TrainingBatch) -> tuple[int, float, float]:
         """(supervised tokens, mean loss, gradient norm); gradients are left scaled by the loss scale."""
-        passes = batch.split(self.train.accumulation)
+        world = self.world
+        passes = batch.split(self.train.accumulation * world.data_size)
         self._length = batch.inputs["input_ids"].shape[1] if "input_ids" in batch.inputs else 0
         scale = None if self.progress.scale.fixed else self.progress.scale.value
-        tokens, total = backward(self.model, passes, self._precision, scale)
+        tokens, total = backward(self._parallel, passes, self._precision, scale)
         if total is None:
             return 0, 0.0, 0.0
-        norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        mean, length = torch.stack((total.to(norm), norm)).tolist()  # the step's one wait for the device
-        return tokens, mean, length / self.progress.scale.value
+        mean, square = world.sums(total / world.tensor, self._parallel.square())  # the step's one wait for the device
+        return tokens, mean, math.sqrt(square) / self.progress.scale.value
 
     def _judge(self, loss: float, norm: float, batch: TrainingBatch) -> bool:
         """Whether the update may be made. Raises DivergedError if the run must not go on."""
@@ -333,7 +343,7 @@ class Trainer:
         if self.train.clip and norm > self.train.clip:
             factor *= self.train.clip / norm
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)
+            torch._foreach_mul_([local(p.grad) for p in self._parameters if p.grad is not None], factor)
         self._updater.step(rate)
         if self._average is not None:
             self._average.update()
@@ -371,7 +381,9 @@ class Trainer:
         assert self.valid is not None
         p = self.progress
         with shown(self._average):
-            found = evaluate(self.model, self.valid(), self.device, self._precision, lambda: signals.caught is not None)
+            found = evaluate(
+                self._parallel, self.valid(), self.device, self._precision, lambda: self._agreed(signals) is not None
+            )
             if found is None:
                 return
             text = self._sample()
@@ -386,7 +398,7 @@ class Trainer:
         self._meter.restart()
 
     def _sample(self) -> str | None:
-        if self.hooks.sample is None:
+        if self.hooks.sample is None or not self.world.is_first or self._parallel.is_sharded:
             return None
         with resting(self.model, self.device):
             return self.hooks.sample()
@@ -401,14 +413,10 @@ class Trainer:
             return
         guards.check_finite_weights(self.model, p.step)
         began = time.monotonic()
-        tensors, others, meta = self._state.capture(p)
         protected = [p.best_step] if self.train.early_stop is not None and p.best_step is not None else []
-        path = save_checkpoint(
+        path = self._state.save(
             self.folder,
-            p.step,
-            tensors,
-            meta,
-            others=others,
+            p,
             keep=self.train.keep_checkpoints,
             protect=protected,
             moved=p.moved,
@@ -416,8 +424,14 @@ class Trainer:
         )
         self._saved, p.moved = (p.step, p.evaluated), False
         self._emit(CheckpointEvent(p.step, path, time.monotonic() - began))
-        self._log.flush()
+        if self.world.is_first:
+            self._log.flush()
         self._meter.restart()
+
+    def _agreed(self, signals: StopSignals) -> int | None:
+        """The signal that any process caught; all of them stop at the same step. A missing launcher counts as one."""
+        own = signals.caught or (signal.SIGTERM if self.world.is_deserted() else 0)
+        return self.world.any(own) or None
 
     def _what_stands(self) -> str:
         if self._saved is None:
@@ -434,6 +448,8 @@ class Trainer:
         self._emit(WarningEvent(self.progress.step if step is None else step, kind, text))
 
     def _emit(self, event: Event) -> None:
+        if not self.world.is_first:
+            return
         self._log.add(event)
         if self._listener is None:
             return

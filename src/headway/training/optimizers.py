@@ -11,14 +11,17 @@ touches norms and biases.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.run_config import Train
+from headway.training.parts import exported, fused_rows, local, part, whole
+
+State = Sequence[Mapping[str, Tensor]]
+"""For each parameter in its order the tensors that are kept of it, by name."""
 
 # Per-step optimal odd polynomials a x + b x^3 + c x^5 that drive singular values to one (Polar Express,
 # arXiv:2505.16932, algorithm 1 for singular values from 1e-3, each scaled for a safety factor of 1.02).
@@ -55,19 +58,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return product @ X
 
 
-@dataclass
-class MuonGroup:
-    """Matrices of one shape, orthogonalised together. `views` are the (rows, cols) pieces of the parameters."""
-
-    views: list[Tensor]
-    transposed: list[bool]
-    momentum: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        rows, cols = sorted(self.views[0].shape)
-        self.momentum = self.views[0].new_zeros(len(self.views), rows, cols)
-
-
 class Muon:
     """Orthogonalised momentum for the matrices of a stack.
 
@@ -88,42 +78,47 @@ class Muon:
         weight_decay: float = 0.0,
     ) -> None:
         self.lr, self.beta, self.weight_decay = lr, momentum, weight_decay
-        self.pieces, self.parameters = list(pieces), [parameter for parameter, _ in pieces]
+        self.parameters, self._rows = [parameter for parameter, _ in pieces], [rows for _, rows in pieces]
+        self._momenta = [_zeros(p) for p in self.parameters]
+        # Parts of one shape, lying or standing, are orthogonalised together.
         shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        for index, (parameter, rows) in enumerate(self.pieces):
-            for part, count in enumerate(rows):
-                shapes.setdefault(tuple(sorted((count, parameter.shape[1]))), []).append((index, part))
-        self.members = [shapes[key] for key in sorted(shapes)]
-        self.groups = []
-        for members in self.members:
-            views = [self._part(self.pieces[i][0].data, i, part) for i, part in members]
-            self.groups.append(MuonGroup(views, [v.shape[0] > v.shape[1] for v in views]))
-
-    def _part(self, tensor: Tensor, index: int, part: int) -> Tensor:
-        return torch.split(tensor, list(self.pieces[index][1]))[part]
+        for index, (parameter, rows) in enumerate(pieces):
+            for number, count in enumerate(rows):
+                shapes.setdefault(tuple(sorted((count, parameter.shape[1]))), []).append((index, number))
+        self._groups = [shapes[key] for key in sorted(shapes)]
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """One update at `scale` times the peak rate."""
-        for group, members in zip(self.groups, self.members, strict=True):
-            gradients = [self._part(_gradient(self.pieces[i][0]), i, part) for i, part in members]
-            G = torch.stack([g.T if t else g for g, t in zip(gradients, group.transposed, strict=True)])
-            group.momentum.lerp_(G, 1 - self.beta)
-            update = orthogonalize(G.lerp_(group.momentum, self.beta))
-            for view, move, is_tall in zip(group.views, update, group.transposed, strict=True):
-                if self.weight_decay:
-                    view.mul_(1 - self.lr * scale * self.weight_decay)
-                stretch = max(1.0, view.shape[0] / view.shape[1]) ** 0.5
-                view.add_(move.T if is_tall else move, alpha=-self.lr * scale * stretch)
+        gradients = [_gradient(p) for p in self.parameters]
+        torch._foreach_lerp_(self._momenta, gradients, 1 - self.beta)
+        ahead = torch._foreach_lerp(gradients, self._momenta, self.beta)
+        pieces = [
+            list(torch.split(whole(move, p), list(rows)))
+            for move, p, rows in zip(ahead, self.parameters, self._rows, strict=True)
+        ]
+        _decay(self.parameters, self.lr * scale * self.weight_decay)
+        for group in self._groups:
+            found = orthogonalize(torch.stack([_lying(pieces[index][number]) for index, number in group]))
+            for (index, number), move in zip(group, found, strict=True):
+                rows, columns = pieces[index][number].shape
+                pieces[index][number] = (move.T if rows > columns else move) * max(1.0, rows / columns) ** 0.5
+        for parameter, moves in zip(self.parameters, pieces, strict=True):
+            move = torch.cat(moves) if len(moves) > 1 else moves[0]
+            local(parameter).add_(part(move, parameter), alpha=-self.lr * scale)
 
-    def state(self) -> list[Tensor]:
-        """The momenta, one (n, rows, cols) tensor per shape."""
-        return [group.momentum for group in self.groups]
+    def state(self) -> State:
+        """The momentum of each matrix."""
+        return [{"momentum": exported(m, p)} for m, p in zip(self._momenta, self.parameters, strict=True)]
 
-    def load_state(self, momenta: Iterable[Tensor]) -> None:
+    def load_state(self, state: State) -> None:
         """Restore what `state` returned, bit for bit."""
-        for group, saved in zip(self.groups, momenta, strict=True):
-            group.momentum.copy_(saved)
+        for momentum, saved, parameter in zip(self._momenta, state, self.parameters, strict=True):
+            momentum.copy_(part(saved["momentum"], parameter))
+
+
+def _lying(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 class Method(Protocol):
@@ -135,11 +130,11 @@ class Method(Protocol):
     def step(self, scale: float) -> None:
         """Update its parameters at `scale` times the peak rate."""
 
-    def state(self) -> Any:
-        """Everything that the next step depends on: nested lists of tensors and numbers, no objects."""
+    def state(self) -> State:
+        """Everything that the next step depends on, for each parameter by name."""
 
-    def load_state(self, state: Any) -> None:
-        """Restore what `state` returned, bit for bit."""
+    def load_state(self, state: State) -> None:
+        """Restore what `state` returned, bit for bit; each tensor is whole, of which this process takes its part."""
 
 
 class AdamW:
@@ -161,25 +156,34 @@ class AdamW:
         weight_decay: float,
     ) -> None:
         self.lr, self.parameters = lr, list(parameters)
+        self._held = {p: local(p) for p in self.parameters}
         decayed, kept = _decayed(parameters), [p for p in parameters if p.ndim < 2]
-        groups = [{"params": list(decayed), "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        used = [group for group in groups if group["params"]]
+        groups = [(decayed, weight_decay), (kept, 0.0)]
+        used = [{"params": [self._held[p] for p in some], "weight_decay": share} for some, share in groups if some]
         self.inner = torch.optim.AdamW(used, lr=lr, betas=betas, eps=eps, fused=True)
 
     def step(self, scale: float) -> None:
         """One update at `scale` times the peak rate; a parameter without a gradient stays."""
         for group in self.inner.param_groups:
             group["lr"] = self.lr * scale
+        for parameter, held in self._held.items():
+            held.grad = None if parameter.grad is None else local(parameter.grad)
         self.inner.step()
 
-    def state(self) -> list[dict[str, Any]]:
-        """For each parameter its moments and the number of its updates, by name; empty before the first."""
-        return [dict(sorted(self.inner.state[p].items())) for p in self.parameters]
+    def state(self) -> State:
+        """The moments and the number of updates of each parameter; empty before its first."""
+        return [
+            {name: value if name == "step" else exported(value, p) for name, value in sorted(moments.items())}
+            for p in self.parameters
+            for moments in (self.inner.state.get(self._held[p], {}),)
+        ]
 
-    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+    def load_state(self, state: State) -> None:
         """Restore what `state` returned, bit for bit."""
         for parameter, moments in zip(self.parameters, state, strict=True):
-            self.inner.state[parameter] = {name: _own(value) for name, value in moments.items()}
+            self.inner.state[self._held[parameter]] = {
+                name: (value if name == "step" else part(value, parameter)).clone() for name, value in moments.items()
+            }
 
 
 class Lion:
@@ -201,27 +205,27 @@ class Lion:
         self, parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float = 0.0
     ) -> None:
         self.parameters, self.lr, self.betas, self.weight_decay = list(parameters), lr, betas, weight_decay
-        self.momenta = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self._momenta = [_zeros(p) for p in self.parameters]
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
         """One update at `scale` times the peak rate; a missing gradient counts as zero."""
         rate, (fast, slow) = self.lr * scale, self.betas
         gradients = [_gradient(p) for p in self.parameters]
-        moves = torch._foreach_lerp(self.momenta, gradients, 1 - fast)
+        moves = torch._foreach_lerp(self._momenta, gradients, 1 - fast)
         torch._foreach_sign_(moves)
         _decay(self.parameters, rate * self.weight_decay)
-        torch._foreach_add_(tuple(self.parameters), moves, alpha=-rate)
-        torch._foreach_lerp_(self.momenta, gradients, 1 - slow)
+        torch._foreach_add_([local(p) for p in self.parameters], moves, alpha=-rate)
+        torch._foreach_lerp_(self._momenta, gradients, 1 - slow)
 
-    def state(self) -> list[Tensor]:
+    def state(self) -> State:
         """The momentum of each parameter."""
-        return self.momenta
+        return [{"momentum": exported(m, p)} for m, p in zip(self._momenta, self.parameters, strict=True)]
 
-    def load_state(self, state: Iterable[Tensor]) -> None:
+    def load_state(self, state: State) -> None:
         """Restore what `state` returned, bit for bit."""
-        for momentum, saved in zip(self.momenta, state, strict=True):
-            momentum.copy_(saved)
+        for momentum, saved, parameter in zip(self._momenta, state, self.parameters, strict=True):
+            momentum.copy_(part(saved["momentum"], parameter))
 
 
 class Adafactor:
@@ -242,10 +246,10 @@ class Adafactor:
 
     def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
         self.parameters, self.lr, self.weight_decay, self.updates = list(parameters), lr, weight_decay, 0
-        self.moments: list[list[Tensor]] = []
+        self._moments: list[list[Tensor]] = []
         for p in self.parameters:
-            shape = (len(p), p[0].numel()) if p.ndim >= 2 else (p.numel(),)
-            self.moments.append([p.new_zeros(size, requires_grad=False) for size in shape])
+            shape = (p.shape[0], p.shape[1:].numel()) if p.ndim >= 2 else (p.numel(),)
+            self._moments.append([local(p).new_zeros(size, requires_grad=False) for size in shape])
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
@@ -253,8 +257,8 @@ class Adafactor:
         self.updates += 1
         share, rate = self.updates**-0.8, self.lr * scale
         _decay(self.parameters, rate * self.weight_decay)
-        for parameter, moments in zip(self.parameters, self.moments, strict=True):
-            g = _gradient(parameter)
+        for parameter, moments in zip(self.parameters, self._moments, strict=True):
+            g = whole(_gradient(parameter), parameter)
             g = g.flatten(1) if g.ndim >= 2 else g.flatten()
             square = g * g + 1e-30
             if len(moments) == 2:
@@ -266,22 +270,30 @@ class Adafactor:
             else:
                 move = g * moments[0].lerp_(square, share).rsqrt()
             move /= (move.norm() / move.numel() ** 0.5).clamp(min=1.0)
-            parameter.sub_(move.view_as(parameter), alpha=rate)
+            local(parameter).sub_(part(move.view(parameter.shape), parameter), alpha=rate)
 
-    def state(self) -> dict[str, Any]:
-        """The number of updates, and for each parameter the means of its rows and columns, or its second moment."""
-        return {"updates": self.updates, "moments": self.moments}
+    def state(self) -> State:
+        """For each parameter the means of its rows and columns, or its second moment, and the number of updates."""
+        count = torch.tensor(self.updates)
+        names = ("rows", "columns")
+        return [{**dict(zip(names, moments, strict=False)), "updates": count} for moments in self._moments]
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Restore what `state` returned, bit for bit."""
-        self.updates = state["updates"]
-        for own, saved in zip(self.moments, state["moments"], strict=True):
-            for moment, value in zip(own, saved, strict=True):
-                moment.copy_(value)
+        for own, saved in zip(self._moments, state, strict=True):
+            self.updates = int(saved["updates"])
+            for moment, name in zip(own, ("rows", "columns"), strict=False):
+                moment.copy_(saved[name])
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    """This process's part of the gradient, zeros where there is none."""
+    return local(parameter.grad) if parameter.grad is not None else torch.zeros_like(local(parameter))
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    """As many zeros as this process holds of a parameter."""
+    return torch.zeros_like(local(parameter), requires_grad=False)
 
 
 def _decayed(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
@@ -291,13 +303,9 @@ def _decayed(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
 
 def _decay(parameters: Iterable[nn.Parameter], share: float) -> None:
     """Take away a share of the weights, which is what decoupled decay is."""
-    decayed = _decayed(parameters)
+    decayed = [local(p) for p in _decayed(parameters)]
     if share and decayed:
         torch._foreach_mul_(decayed, 1 - share)
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 class Optimizer:
@@ -321,11 +329,11 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, by method: nested lists of tensors and numbers, no objects."""
+    def state(self) -> dict[str, State]:
+        """Everything that the next step depends on, by method."""
         return {method.name: method.state() for method in self.methods}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, State]) -> None:
         """Restore what `state` returned, bit for bit."""
         for method in self.methods:
             method.load_state(state[method.name])
@@ -333,15 +341,13 @@ class Optimizer:
 
 def matrix_parts(model: nn.Module, config: ModelConfig) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
     """The weight matrices inside the stacks with the rows of their parts, in the order of the module tree."""
-    q, kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    halves = (config.d_ff, config.d_ff) if config.feed_forward.gated else (config.d_ff,)
-    parts: dict[str, tuple[int, ...]] = {"qkv": (q, kv, kv), "kv": (kv, kv), "up": halves}
+    fused = fused_rows(config)
     found: list[tuple[nn.Parameter, tuple[int, ...]]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".blocks." in f".{name}" and not name.endswith("router"):
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
-            found.append((weight, parts.get(name.rpartition(".")[2], (weight.shape[0],))))
+            found.append((weight, fused.get(name.rpartition(".")[2], (weight.shape[0],))))
     return found
 
 

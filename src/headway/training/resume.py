@@ -15,19 +15,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from headway import files
-from headway.checkpoints.folder import WEIGHTS, Found
+from headway.checkpoints.folder import WEIGHTS, Found, SaveOptions, checkpoint_path, save_checkpoint
+from headway.checkpoints.shards import SHARED_HASH, read_group, write_shares
 from headway.checkpoints.state import flatten_state, unflatten_state
-from headway.checkpoints.tensors import read_tensors
+from headway.checkpoints.tensors import tensor_hash
 from headway.errors import ConfigError, InputError
 from headway.strict import dump_json, strict_json
 from headway.training.averaging import Average, shown
 from headway.training.guards import LossScale, SpikeWatch
+from headway.training.parallel import Parallel
+from headway.training.parts import local, part
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -35,6 +40,7 @@ STATE = "state.json"
 # Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
 FREE = {"output", "data.path", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
 FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
+FREE |= {"train.strategy", "train.tensor_parallel", "train.collective_timeout"}  # how processes share the work
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
 OVERRIDABLE = {"budget", "data.valid_path"} | {
     f"train.{name}"
@@ -97,7 +103,7 @@ class RunState:
     With an `average` the model's file holds that and not the weights of the last step.
     """
 
-    model: nn.Module
+    parallel: Parallel
     optimizer: Optimizer
     config: Mapping[str, object]
     identity: Mapping[str, str]
@@ -113,12 +119,13 @@ class RunState:
             "torch": torch.__version__,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
+            "processes": self.parallel.world.size,
         }
 
     def capture(
         self, progress: Progress
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, files.Content], dict[str, object]]:
-        """Tensors by file, other files, and the manifest's meta, for folder.save_checkpoint."""
+        """Tensors by file, other files, and the manifest's meta, for folder.save_checkpoint; all processes at once."""
         random = random_state(self.device)
         parts = {"optimizer": self.optimizer.state(), "random": random}
         if self.average is not None:
@@ -138,8 +145,36 @@ class RunState:
             **self.environment,
         }
         with shown(self.average):
-            groups = {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: tensors}
+            weights = self.parallel.state()
+            if self.parallel.is_sharded and self.average is not None:
+                weights = {name: tensor.clone() for name, tensor in weights.items()}
+            groups = {WEIGHTS: weights, OPTIMIZER: tensors}
         return groups, {STATE: dump_json(state).encode()}, meta
+
+    def save(self, run: Path, progress: Progress, **options: Unpack[SaveOptions]) -> Path:
+        """A checkpoint of this moment; where processes share the tensors out, each writes its own.
+
+        Raises what save_checkpoint raises, in the first process.
+        """
+        tensors, others, meta = self.capture(progress)
+        world, step = self.parallel.world, progress.step
+        if not self.parallel.is_sharded:
+            if world.is_first:
+                save_checkpoint(run, step, tensors, meta, others=others, **options)
+        elif world.is_first:
+            shares = partial(self._write_shares, tensors)
+            save_checkpoint(run, step, {}, meta, others=others, shares=shares, **options)
+        else:
+            self._write_shares(tensors, None)
+        world.wait()
+        return checkpoint_path(run, step)
+
+    def _write_shares(self, groups: Mapping[str, Mapping[str, Tensor]], folder: Path | None) -> str:
+        """Every process's shares, into the first one's folder; what stands for the hash of the weights."""
+        world = self.parallel.world
+        write_shares(Path(world.told(lambda: str(folder))), groups)
+        own = tensor_hash({name: local(tensor) for name, tensor in groups[WEIGHTS].items()})
+        return SHARED_HASH + hashlib.sha256("".join(world.texts(own)).encode()).hexdigest()
 
     def restore(self, found: Found, override: bool) -> tuple[Progress, list[str]]:
         """Put a verified checkpoint back; the progress, and what a person should know.
@@ -153,9 +188,11 @@ class RunState:
         said = check_config(state["config"], self.config, override)
         check_identity(state["identity"], self.identity)
         said += compare_environment(found.manifest.meta, self.environment)
+        model = self.parallel.model
         with shown(self.average):
-            load_weights(self.model, read_tensors(found.path / WEIGHTS), str(found.path / WEIGHTS))
-        tensors = read_tensors(found.path / OPTIMIZER, copy=True)
+            weights = read_group(found.path, WEIGHTS, ties=model.ties)
+            load_weights(model, weights, str(found.path / WEIGHTS))
+        tensors = read_group(found.path, OPTIMIZER, copy=True)
         tree = cast(dict[str, Any], unflatten_state(tensors, state["tree"], where))
         self.optimizer.load_state(tree["optimizer"])
         if self.average is not None:
@@ -181,15 +218,18 @@ def restore_random(states: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+@torch.no_grad()
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into a model. Raises InputError for a missing, unexpected or misshaped one."""
+    """Copy tensors into a model, or this process's parts. Raises InputError for a missing or misshaped one too many."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    given = getattr(tensors, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name in sorted({*wanted, *given}) if wanted.get(name) != given.get(name)]
     if wrong:
         first = f"{wrong[0]} {given.get(wrong[0], 'missing')} for {wanted.get(wrong[0], 'no such tensor')}"
         raise InputError(where, f"{len(wrong)} tensors do not fit, {first}", "the tensors of this model's config")
-    model.load_state_dict(dict(tensors))
+    for name in wanted:
+        local(own[name]).copy_(part(tensors[name], own[name]))
 
 
 # --- what may differ -------------------------------------------------------------------------------------------
