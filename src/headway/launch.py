@@ -34,7 +34,7 @@ from headway.training.forecast import Forecast, forecast
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.recipe import resolve, time_step
 from headway.training.throughput import resident_bytes
-from headway.training.world import World, joined
+from headway.training.world import ALONE, World, joined
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
 
@@ -72,6 +72,7 @@ class Plan:
     material: Material
     threads: int
     reason: str
+    world: World = ALONE
 
     def lines(self) -> list[str]:
         """The plan in sentences."""
@@ -95,7 +96,18 @@ class Plan:
             f"training: {objective.type if objective else ''}, {t.steps:,} steps of {rows}, {t.optimizer}, "
             f"{seen / max(n_train, 1):.1f} passes over the data, {self.threads} "
             f"thread{'s' * (self.threads != 1)}, {t.dtype}",
+            *self._shares(),
         ]
+
+    def _shares(self) -> list[str]:
+        """How the rows of a batch are shared out among processes: none is dropped, none comes twice (D6)."""
+        world, t = self.world, self.run.train
+        if world.size == 1:
+            return []
+        rows, less = divmod(t.batch_size or 1, world.data_size)
+        share = f"{rows}" if not less else f"{rows + 1} in {less} of them, {rows} in the others"
+        how = f"{t.strategy if world.tensor == 1 else 'fsdp'}" + (f", {world.tensor} to a row" * (world.tensor > 1))
+        return [f"processes: {world.size} ({how}), rows of a batch in each: {share}; none dropped or padded"]
 
 
 RunEvent = Event | Note | Phase | Plan | Started
@@ -221,7 +233,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     model = _model(config, made).to(device)
     if world.size > 1:
         world.check_same({"weights": tensor_hash(model.state_dict())})
-    plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason)
+    plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason, world)
     say(plan)
     if how.dry_run:
         return RunResult(folder, plan, None)

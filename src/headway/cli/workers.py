@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headway.cli.output import note
-from headway.errors import ConfigError, Interrupted, WorkerError
+from headway.errors import ConfigError, DivergedError, InputError, Interrupted, MachineError, WorkerError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import PContext
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EVERY = 0.1  # seconds between looks at the processes
+_MEANT = {error.exit_code for error in (ConfigError, InputError, MachineError, DivergedError)}
 
 
 def is_worker() -> bool:
@@ -69,9 +70,10 @@ def start(arguments: Sequence[str], count: int) -> int:
         with _forwarding(context) as caught:
             result = context.wait(period=_EVERY)
         assert result is not None
-        if caught:
-            where = "the run" if result.is_failed() else "nothing"
-            raise Interrupted(caught[0], f"signal {caught[0]}", f"stopped {where}", "--resume goes on from there")
+        if caught and result.is_failed():
+            if result.failures[0].exitcode == 128 + caught[0]:
+                return 128 + caught[0]  # the first process has said where it stopped
+            raise Interrupted(caught[0], f"signal {caught[0]}", f"stopped {count} processes", "--resume goes on")
         return _judge(result.failures, result.stderrs) if result.is_failed() else 0
 
 
@@ -103,11 +105,11 @@ def _judge(failures: Mapping[int, ProcessFailure], logs: Mapping[int, str]) -> i
 
     rank = min(failures, key=order)
     code = failures[rank].exitcode
-    if code < 0:
-        found = f"killed by {signal.Signals(-code).name}"
-        raise WorkerError(f"rank {rank}", found, "all ranks alive", "--resume goes on from the last checkpoint")
-    if rank:
-        lines = Path(logs[rank]).read_text(errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-        note(f"rank {rank}: {said[-1] if said else f'ended with code {code} and no word'}")
-    return code
+    lines = Path(logs[rank]).read_text(errors="replace").splitlines() if rank else []
+    said = ([line for line in lines if line.startswith("error: ")] or [f"ended with code {code}"])[-1]
+    if code in _MEANT:
+        if rank:
+            note(f"rank {rank}: {said}")
+        return code
+    found = f"killed by {signal.Signals(-code).name}" if code < 0 else said.removeprefix("error: ")
+    raise WorkerError(f"rank {rank}", found, "all ranks alive", "--resume goes on from the last checkpoint")

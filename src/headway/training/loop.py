@@ -160,6 +160,7 @@ class Trainer:
         self._listener = self.hooks.listener if self.world.is_first else None
         self._log = MetricsLog(self.folder / METRICS, partial(self._warn, "metrics"))
         self._meter = Meter(self.hooks.flops_per_token, self.hooks.peak_flops, memory_reader(self.device))
+        self._is_stopped = False
         self._saved: tuple[int, int] | None = None  # (step, evaluated) of the newest checkpoint
         self._evaluation: Evaluation | None = None
         self._length = 0  # positions per row of the last batch, for the estimate when memory runs out
@@ -195,6 +196,8 @@ class Trainer:
                     self._log.flush()
                     if signals.caught is None or self._is_saved():
                         self._draw()
+                if self._is_stopped:
+                    self.world.wait()  # who ends first must not look like a failure to what watches the others
         p = self.progress
         early = p.step < self.steps
         return Result(
@@ -224,6 +227,7 @@ class Trainer:
             caught = self._agreed(signals)
             if caught is not None:
                 self._save()
+                self._is_stopped = True
                 name = f"signal {caught}"
                 found = f"stopped after step {p.step} of {self.steps}, saved in {self._what_stands()}"
                 raise Interrupted(caught, name, found, "--resume goes on from there")

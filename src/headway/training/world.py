@@ -32,7 +32,16 @@ STORE = "HEADWAY_STORE"
 """Names the file through which the processes of one machine find each other; without it: torchrun's address."""
 LAUNCHER = "HEADWAY_LAUNCHER"
 """The process number of what started a worker, which stops when that is gone."""
-_BROKEN = ("gloo", "NCCL", "Connection closed", "Connection reset", "connection reset", "Broken pipe", "timed out")
+_BROKEN = (
+    "gloo",
+    "NCCL",
+    "Connection closed",
+    "Connection reset",
+    "connection reset",
+    "Broken pipe",
+    "timed out",
+    "Wait timeout",
+)
 Shared = TypeVar("Shared")
 Share = tuple[Mapping[str, Tensor], float]
 
@@ -227,7 +236,7 @@ def _naming_lost(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        is_lost = isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _BROKEN)
+        is_lost = isinstance(error, torch.distributed.DistError) or any(sign in text.lower() for sign in _BROKEN)
         if not is_lost:
             raise
         fix = "look for what the others say; --resume goes on from the last checkpoint"
