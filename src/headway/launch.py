@@ -7,7 +7,7 @@ the sizes, the config. `resume` starts from the run folder's own config.yaml.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from headway import files, machine
 from headway.checkpoints.folder import CONFIG, MODEL, TOKENIZER, list_checkpoints
 from headway.config import ModelConfig
-from headway.cost import parameters, training_flops
+from headway.cost import forward_flops, parameters, training_flops
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError
 from headway.nn import Transformer
 from headway.plain_yaml import dump_yaml
@@ -29,6 +29,7 @@ from headway.training.first_look import look
 from headway.training.forecast import Forecast, forecast
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.recipe import resolve, time_step
+from headway.training.teaching import check_teaching
 from headway.training.throughput import resident_bytes
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
@@ -87,6 +88,7 @@ class Plan:
             f"model: {m.kind}, {self.parameters:,} parameters, {m.n_layers} layers, d_model {m.d_model}, "
             f"{m.n_heads} heads, context {self.run.data.context}"
             + (f", from {self.run.base}" if self.run.base else ""),
+            *([made.teacher.line] if made.teacher is not None else []),
             f"training: {objective.type if objective else ''}, {t.steps:,} steps of {rows}, {t.optimizer}, "
             f"{seen / max(n_train, 1):.1f} passes over the data, {self.threads} "
             f"thread{'s' * (self.threads != 1)}, {t.dtype}",
@@ -193,12 +195,16 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
     for line in made.lines:
         say(Note(f"note: {line}"))
     device = torch.device(_device(run.train.device))
+    if made.teacher is not None:
+        made = replace(made, teacher=made.teacher.on(device))
     limits = machine.probe(device.type)
     choice = machine.choose(limits)
     threads = run.train.threads or choice.threads
     torch.set_num_threads(threads)
-    clock = partial(time_step, device=str(device), trial=made.trial)
+    clock = partial(time_step, device=str(device), trial=made.trial, teacher=made.teacher)
     config, run = resolve(made.run, made.facts, limits, clock)
+    if made.teacher is not None:
+        check_teaching(made.teacher.model.config, config)
     # What budget and epochs gave is in train.steps now; a config that states both would be refused when read again.
     settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads, "epochs": None})}
     run = run.model_copy(update=settled)
@@ -227,7 +233,7 @@ def foretell(plan: Plan) -> Forecast:
     """What a planned run will take; runs a few steps on its own data."""
     run, made = plan.run, plan.material
     assert run.data.context is not None
-    clock = partial(time_step, device=_device(run.train.device), trial=made.trial)
+    clock = partial(time_step, device=_device(run.train.device), trial=made.trial, teacher=made.teacher)
     return forecast(plan.model, run.train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
@@ -271,12 +277,20 @@ def _trainer(plan: Plan, model: Transformer, folder: Path, listen: Listener, lim
     hooks = Hooks(
         listener=listen,
         sample=partial(_sample, model, made.tokenizer, run) if writes and made.tokenizer and t.sample_tokens else None,
-        flops_per_token=training_flops(plan.model, run.data.context) if made.facts.rows is None else None,
+        flops_per_token=_flops(plan) if made.facts.rows is None else None,
         peak_flops=limits.peak(t.dtype, plan.threads),
     )
     source, evaluation = made.source(plan.model, run), partial(made.evaluation, plan.model, run)
     look(source, plan.model, None if made.tokenizer is None else made.tokenizer.bos_id)
-    return Trainer(model, source, t, folder, evaluation, run.model_dump(mode="json"), hooks)
+    config = run.model_dump(mode="json")
+    return Trainer(model, source, t, folder, evaluation, config, hooks, teacher=made.teacher)
+
+
+def _flops(plan: Plan) -> float:
+    """Of one token, a teacher's forward pass included."""
+    context, teacher = plan.run.data.context or 1, plan.material.teacher
+    taught = forward_flops(teacher.model.config, context) if teacher is not None else 0.0
+    return training_flops(plan.model, context) + taught
 
 
 def _sample(model: Transformer, tokenizer: Tokenizer, run: RunConfig) -> str:

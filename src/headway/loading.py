@@ -37,6 +37,7 @@ from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
 from headway.nn import Transformer
+from headway.run_config import load_run
 from headway.strict import strict_json
 from headway.text import Tokenizer
 from headway.text.gguf_vocab import from_gguf
@@ -396,6 +397,15 @@ def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool)
         architecture=found.architecture,
         notes=found.notes,
     )
+
+
+def class_names(loaded: Loaded) -> tuple[str, ...]:
+    """The classes of a model: a run's `data.labels`, or a published model's id2label."""
+    places = [folder / CONFIG for folder in (loaded.path, loaded.path.parent.parent)]  # a run, or a checkpoint of one
+    for place in filter(Path.is_file, places if loaded.form == "run" else ()):
+        return load_run([place], (), {}).run.data.labels
+    names = loaded.raw.get("id2label")
+    return tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else ()
 
 
 # --- other containers, for `convert` -----------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from headway.training.objectives import BatchSource, CausalLM, TrainingBatch, ca
 from headway.training.pictures import ImageBatches, patch_of
 from headway.training.recipe import Facts, Trial, random_windows
 from headway.training.tasks import Classes, ExampleBatches, Task, choose, classes_of, head_fields
+from headway.training.teaching import Teacher
 from headway.training.windows import (
     CorruptedWindows,
     check_objective,
@@ -67,7 +68,7 @@ class Material:
         sizes: (training, held-out) tokens, rows or images; `unit` says which. bytes: of the training side's text.
         source, evaluation: the batches, once model and run are settled.
         trial: a batch of the given rows for timing a step.
-        base: the published model that is trained further.
+        base: the published model that is trained further. teacher: the model that is learned from.
         prepared: both token stores of running text.
         lines: what the user should know.
     """
@@ -82,6 +83,7 @@ class Material:
     trial: Trial
     bytes: int = 0
     base: loading.Loaded | None = None
+    teacher: Teacher | None = None
     prepared: Prepared | None = None
     lines: list[str] = field(default_factory=list)
 
@@ -129,6 +131,20 @@ class _Where:
         """The model that is trained further; a resumed run has its own weights, but still asks for its shape."""
         return None if self.run.base is None else _load_base(self.run.base)
 
+    @property
+    def teacher(self) -> Teacher | None:
+        """The model that is learned from. Raises ConfigError where it cannot read the run's sequences."""
+        how = self.run.distill
+        if how is None:
+            return None
+        loaded = _load_base(how.teacher)
+        classes = loading.class_names(loaded) if hasattr(loaded.config.head, "labels") else ()
+        teacher = Teacher(how, loaded.model, loaded.tokenizer, classes, loaded.weights_sha256)
+        if loaded.config.vocab_size:
+            teacher.check_length(self.run.data.context, "data.context")
+            teacher.check_length(self.run.data.target, "data.target")
+        return teacher
+
 
 def _load_base(name: str) -> loading.Loaded:
     import torch
@@ -153,16 +169,39 @@ def default_vocab_size(size: int) -> int:
 
 
 def _tokenizer(
-    where: _Where, base: loading.Loaded | None, texts: Callable[[], Iterable[str]], size: int, objective: rc.Objective
+    where: _Where,
+    base: loading.Loaded | None,
+    teacher: Teacher | None,
+    texts: Callable[[], Iterable[str]],
+    size: int,
+    objective: rc.Objective,
 ) -> Tokenizer:
-    """The run's own when resuming, the base's, the one that is named, or a new one from the training side."""
-    run, own = where.run, where.folder / TOKENIZER
+    """The run's own when resuming, the one that is named, the base's, the teacher's, or a new one from the training
+    side. Raises ConfigError where a teacher has another."""
+    found = _given_tokenizer(where, base, teacher)
+    if found is None:
+        return _new_tokenizer(where, texts, size, objective)
+    if teacher is not None:
+        teacher.check_words(found[0], found[1])
+    return found[0]
+
+
+def _given_tokenizer(
+    where: _Where, base: loading.Loaded | None, teacher: Teacher | None
+) -> tuple[Tokenizer, str] | None:
+    """The tokenizer that need not be trained, and whose it is."""
+    named, own = where.run.tokenizer.path, where.folder / TOKENIZER
     if where.resuming and own.is_file():
-        return Tokenizer.load(own)
-    if run.tokenizer.path is not None:
-        return Tokenizer.load(run.tokenizer.path)
+        return Tokenizer.load(own), str(own)
+    if named is not None:
+        return Tokenizer.load(named), named
     if base is not None:
-        return base.words
+        return base.words, str(where.run.base)
+    return None if teacher is None or teacher.tokenizer is None else (teacher.tokenizer, teacher.how.teacher)
+
+
+def _new_tokenizer(where: _Where, texts: Callable[[], Iterable[str]], size: int, objective: rc.Objective) -> Tokenizer:
+    run = where.run
     wanted = run.tokenizer.vocab_size or default_vocab_size(size)
     tokenizer = train_tokenizer(
         texts(),
@@ -177,6 +216,14 @@ def _tokenizer(
     return tokenizer
 
 
+def _kind(where: _Where, base: loading.Loaded | None, teacher: Teacher | None) -> str | None:
+    """The model's kind as far as anybody says it: the base, the user, a teacher."""
+    said = where.run.model.get("kind")
+    if base is not None:
+        return base.config.kind
+    return said if said is not None or teacher is None else teacher.model.config.kind
+
+
 def _special(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
     """The ids with a meaning of their own that a new model's config carries."""
     out = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "mask")}
@@ -188,19 +235,18 @@ def _special(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
 
 
 def _running_text(where: _Where) -> Material:
-    run, d, base = where.run, where.run.data, where.base
+    run, d, base, teacher = where.run, where.run.data, where.base, where.teacher
     corpus = open_corpus(str(d.path), d.valid_path, d.val_fraction, read_options(d))
     files = len(corpus.files)
     where.say(f"{corpus.path}: {files} file{'s' * (files != 1)}, {corpus.split}")
     size = sum(file.stat().st_size for file in (*corpus.files, *corpus.valid_files))
-    kind = base.config.kind if base is not None else str(run.model.get("kind", ""))
-    objective = run.objective or _text_objective(kind)
-    tokenizer = _tokenizer(where, base, corpus.texts, size, objective)
+    objective = run.objective or _text_objective(_kind(where, base, teacher))
+    tokenizer = _tokenizer(where, base, teacher, corpus.texts, size, objective)
     data = _tokens(where, corpus, tokenizer, d.context or 1)
     corrupt = corruption(objective, tokenizer)
     isolate = d.isolate and not isinstance(objective, rc.SpanCorruption | rc.Denoising)
     new_kind = {"causal-lm": "decoder", "masked-lm": "encoder"}.get(objective.type, "encoder-decoder")
-    fields = {"vocab_size": tokenizer.vocab_size, "kind": new_kind, "head": {"type": head_for(objective)}}
+    fields = {"vocab_size": _rows_of(tokenizer, teacher), "kind": new_kind, "head": {"type": head_for(objective)}}
     if new_kind != "decoder":
         fields["tokens"] = _special(tokenizer, new_kind)
     config = None if base is None else base.config
@@ -234,7 +280,12 @@ def _running_text(where: _Where) -> Material:
     return Material(
         run.model_copy(update={"objective": objective}),
         tokenizer,
-        Facts(len(data.train.tokens), fields, base=config),
+        Facts(
+            len(data.train.tokens),
+            fields,
+            base=config,
+            longest=teacher.model.config.max_len if teacher is not None else None,
+        ),
         (len(data.train.tokens), len(data.valid.tokens)),
         "tokens",
         source,
@@ -242,9 +293,15 @@ def _running_text(where: _Where) -> Material:
         trial,
         data.train.bytes,
         base,
+        teacher,
         data,
         data.lines,
     )
+
+
+def _rows_of(tokenizer: Tokenizer, teacher: Teacher | None) -> int:
+    """Of a new model's table; a published one may have more than its tokenizer has ids."""
+    return max(tokenizer.vocab_size, teacher.model.config.vocab_size if teacher is not None else 0)
 
 
 def _context(run: RunConfig) -> int:
@@ -252,8 +309,8 @@ def _context(run: RunConfig) -> int:
     return run.data.context
 
 
-def _text_objective(kind: str) -> rc.Objective:
-    found: dict[str, rc.Objective] = {"encoder": rc.MaskedLM(), "encoder-decoder": rc.SpanCorruption()}
+def _text_objective(kind: str | None) -> rc.Objective:
+    found: dict[str | None, rc.Objective] = {"encoder": rc.MaskedLM(), "encoder-decoder": rc.SpanCorruption()}
     return found.get(kind, rc.CausalLM())
 
 
@@ -301,17 +358,21 @@ def _both_sides(where: _Where) -> tuple[list[Example], list[Example], str, list[
 
 
 def _rows(where: _Where, form: type) -> Material:
-    run, d, base = where.run, where.run.data, where.base
-    kind = base.config.kind if base is not None else run.model.get("kind")
+    run, d, base, teacher = where.run, where.run.data, where.base, where.teacher
+    kind = _kind(where, base, teacher)
     name, task = choose(form, run.objective.type if run.objective else None, kind, str(d.path))
     objective = run.objective or RunConfig(objective=name).objective  # type: ignore[arg-type]  # a name is a tag
     assert objective is not None
     train, valid, data_hash, lines = _both_sides(where)
-    classes = classes_of(chain(train, valid), d.labels)
+    classes = classes_of(chain(train, valid), d.labels or (teacher.names if teacher is not None else ()))
+    if teacher is not None:
+        teacher.check_classes(classes.names)
     size = sum(len(text) for example in train for text in example.texts())
-    tokenizer = _tokenizer(where, base, lambda: (t for e in train for t in e.texts()), size, objective)
-    longest = d.context or (min(base.config.max_len, CONTEXT) if base is not None else CONTEXT)
-    coder = Coder(tokenizer, longest, d.target or longest, classes.names, _has_types(base))
+    tokenizer = _tokenizer(where, base, teacher, lambda: (t for e in train for t in e.texts()), size, objective)
+    readers = [one for one in (base and base.config, teacher and teacher.model.config) if one]
+    longest = d.context or min([CONTEXT, *(config.max_len for config in readers)])
+    has_types = any(config.embeddings.token_types > 1 for config in readers)
+    coder = Coder(tokenizer, longest, d.target or longest, classes.names, has_types)
 
     def build(key: str) -> Sides:
         losses, both = Losses(), []
@@ -335,7 +396,8 @@ def _rows(where: _Where, form: type) -> Material:
     sides = prepare_examples(made_of, where.cache, build)
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
     batches = ExampleBatches(sides.train, task, pad), ExampleBatches(sides.valid, task, pad)
-    fields, config = _shape(task, tokenizer, classes, base, kind)
+    fields, config = _shape(task, classes, base, kind)
+    fields |= {"vocab_size": _rows_of(tokenizer, teacher), "tokens": _special(tokenizer, fields["kind"])}
     run = run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": classes.names})})
 
     def trial(model: ModelConfig, rows: int, context: int) -> Mapping[str, Tensor]:
@@ -352,12 +414,9 @@ def _rows(where: _Where, form: type) -> Material:
         trial,
         size,
         base,
+        teacher,
         lines=[*lines, *sides.lines],
     )
-
-
-def _has_types(base: loading.Loaded | None) -> bool:
-    return base is not None and base.config.embeddings.token_types > 1
 
 
 def _longest(sides: Sides, task: Task, longest: int) -> int:
@@ -374,17 +433,12 @@ def _watched(encoded: Iterable[Any], total: int, losses: Losses, progress: Progr
 
 
 def _shape(
-    task: Task, tokenizer: Tokenizer, classes: Classes, base: loading.Loaded | None, kind: str | None
+    task: Task, classes: Classes, base: loading.Loaded | None, kind: str | None
 ) -> tuple[dict[str, Any], ModelConfig | None]:
     """(what the data decides about a new model, the base's config with the head that the task needs)."""
     old = None if base is None else base.config.model_dump(mode="json")["head"]
     head = head_fields(task, classes, old)
-    new_kind = kind or task.kinds[0]
-    fields: dict[str, Any] = {
-        "vocab_size": tokenizer.vocab_size,
-        "kind": new_kind,
-        "tokens": _special(tokenizer, new_kind),
-    }
+    fields: dict[str, Any] = {"kind": kind or task.kinds[0]}
     if base is None:
         return {**fields, **({"head": head} if head is not None else {})}, None
     return fields, base.config if head is None else with_fields(base.config, head=head)
@@ -397,7 +451,10 @@ def _pictures(where: _Where) -> Material:
     run, d = where.run, where.run.data
     if run.base is not None:
         raise ConfigError("base", "a published model for images", "a new one", "leave out base")
-    train, valid = find_images(str(d.path), d.valid_path, d.image, d.val_fraction)
+    teacher = where.teacher
+    train, valid = find_images(str(d.path), d.valid_path, d.image or _side(teacher), d.val_fraction)
+    if teacher is not None:
+        teacher.check_classes(train.names)
     objective = run.objective or rc.ImageClassification()
     if not isinstance(objective, rc.ImageClassification):
         raise ConfigError("objective", f"{objective.type} for images ({d.path})", "image-classification")
@@ -423,4 +480,11 @@ def _pictures(where: _Where) -> Material:
         lambda model, run: batches[0].shuffled(run.train.batch_size or 1, run.train.seed),
         lambda model, run: batches[1].in_order(run.train.batch_size or 1, run.train.eval_rows),
         lambda model, rows, context: batches[0].shuffled(rows, 0).batch(0).inputs,
+        teacher=teacher,
     )
+
+
+def _side(teacher: Teacher | None) -> int | None:
+    """Pixels a side of the images that a teacher sees."""
+    patch = teacher.model.config.embeddings.patch if teacher is not None else None
+    return None if patch is None else patch.image

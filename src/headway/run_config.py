@@ -152,6 +152,18 @@ Objective = Annotated[
 ]
 
 
+class Distill(Frozen):
+    """Learn from a teacher's answers besides the labels (arXiv:1503.02531).
+
+    `teacher` is a path or name as `headway.load` takes it; `weight` is its share of the loss, that of the labels is
+    what is left; both sides' logits are divided by `temperature`.
+    """
+
+    teacher: str
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    temperature: PositiveReal = 2.0
+
+
 class TokenizerConfig(Frozen):
     """A tokenizer to train (`kind`, `vocab_size`) or to load (`path`). None means: chosen from data and budget."""
 
@@ -263,7 +275,7 @@ class RunConfig(Checked):
     """Everything that decides what a run does.
 
     `model` holds ModelConfig's fields, or the one dial `depth`. `objective` None is what the data's form asks for.
-    `base` is a model to train further: a path or name as `headway.load` takes it.
+    `base` is a model to train further: a path or name as `headway.load` takes it; `distill` names one to learn from.
     """
 
     model: dict[str, Any] = Field(default_factory=dict)
@@ -272,6 +284,7 @@ class RunConfig(Checked):
     train: Train = Train()
     objective: Objective | None = None
     base: str | None = None
+    distill: Distill | None = None
     budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from headway.errors import BugError, ConfigError, InputError
 from headway.nn.cache import Cache
 from headway.nn.embeddings import Embeddings
 from headway.nn.feed_forward import MixtureOfExperts
-from headway.nn.heads import IGNORED, LanguageModelHead, make_head, pool
+from headway.nn.heads import IGNORED, LanguageModelHead, Taught, make_head, pool
 from headway.nn.init import Unfilled, initialize
 from headway.nn.masks import Sight
 from headway.nn.packed import Packed, pack_leaf
@@ -38,8 +38,18 @@ class States(NamedTuple):
     encoded: Tensor | None = None
 
 
+class Teaching(NamedTuple):
+    """A frozen model in evaluation mode whose answers are `weight` of the training loss (arXiv:1503.02531)."""
+
+    model: Transformer
+    weight: float = 0.5
+    temperature: float = 2.0
+
+
 class Transformer(nn.Module):
     """A model of any kind, initialised by `config.init`.
+
+    `teaching` is set by the training loop; it acts in `loss` while the model trains, and is no part of its state.
 
     Raises:
         ConfigError: from the config, before any memory is taken.
@@ -48,6 +58,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.teaching: Teaching | None = None
         self.is_pair = config.kind == "encoder-decoder"
         self.embeddings = Embeddings(config)
         # The two sides read one vocabulary; positions and norms are each side's own.
@@ -137,14 +148,22 @@ class Transformer(nn.Module):
         """The loss alone: `forward(labels=labels, **inputs).loss` up to the order of sums, for less memory and work.
 
         A head over a vocabulary never holds the logits of the whole batch then, and positions whose label is -100 do
-        not reach it (heads.LanguageModelHead.loss_of). Hooks on the whole model are not called.
+        not reach it (heads.LanguageModelHead.loss_of); `teaching` counts here alone. Hooks on the whole model are not
+        called.
 
         Args:
             labels: see heads.py. inputs: those of `forward`, by name.
         """
         signals = [inputs.pop(name) for name in ("pixel_values", "input_features") if name in inputs]
-        hidden, real, _ = self._states(**inputs, signal=signals[0] if signals else None, labels=labels, cache=None)
-        return self._balanced(self.head.loss_of(hidden, real, labels))
+        given: dict[str, Any] = {**inputs, "labels": labels, **({"signal": signals[0]} if signals else {})}
+        hidden, real, _ = self._states(**given)
+        taught = None
+        if self.teaching is not None and self.training:
+            teacher, weight, temperature = self.teaching
+            with torch.no_grad():
+                known = teacher._states(**given)
+            taught = Taught(teacher.head, known.hidden, known.real, weight, temperature)
+        return self._balanced(self.head.loss_of(hidden, real, labels, taught))
 
     def _states(
         self,

@@ -22,6 +22,7 @@ from headway.run_config import RunConfig, Train
 from headway.training.evaluate import precision
 from headway.training.loop import configure
 from headway.training.optimizers import make_optimizer
+from headway.training.teaching import Teacher
 
 # The shape of every model that the recipe builds; a user's fields are laid over it.
 ARCHITECTURE: Mapping[str, Any] = {
@@ -48,6 +49,7 @@ LAYER_CALL = 0.0015  # seconds for one token through one layer, batch 1: measure
 PASSES = 8  # over the data, after which more of them teach a small model little
 ROW_PASSES = 30  # over labelled examples, pairs and images, of which there are few
 TRIAL_STEPS = 4
+MOST_CONTEXT = 256
 # Measured, not taken from the scaling laws of long runs: with Muon and minutes of training the optimum lies at fewer
 # tokens per parameter than Chinchilla's 20 (arXiv:2203.15556). See docs/recipe.md.
 TOKENS_PER_PARAMETER = 2.0
@@ -66,6 +68,7 @@ class Facts:
         rows: examples of the training side, None where the text is cut into windows.
         context: positions of the longest example, None for windows.
         base: the config of the published model that is trained further, if one is.
+        longest: positions that a teacher can read, None without one.
     """
 
     tokens: int
@@ -73,6 +76,7 @@ class Facts:
     rows: int | None = None
     context: int | None = None
     base: ModelConfig | None = None
+    longest: int | None = None
 
 
 def random_windows(config: ModelConfig, rows: int, context: int, *, isolate: bool = True) -> dict[str, Tensor]:
@@ -84,9 +88,16 @@ def random_windows(config: ModelConfig, rows: int, context: int, *, isolate: boo
 
 
 def time_step(
-    config: ModelConfig, train: Train, context: int, device: str = "cpu", *, trial: Trial = random_windows
+    config: ModelConfig,
+    train: Train,
+    context: int,
+    device: str = "cpu",
+    *,
+    trial: Trial = random_windows,
+    teacher: Teacher | None = None,
 ) -> float:
     """Seconds per update of a fresh model on a batch of `trial`'s: the median of a few steps, after one to warm up.
+    A `teacher` on the device reads each batch too.
 
     The generator's state is put back, so the run that follows is the one its seed names.
     """
@@ -94,7 +105,7 @@ def time_step(
     finish = torch.cuda.synchronize if place.type == "cuda" else bool
     with torch.random.fork_rng([] if place.type == "cpu" else [place]):
         model = Transformer(config).to(place)
-        configure(model, train)
+        configure(model, train, teacher)
         optimizer = make_optimizer(model, config, train)
         inputs = trial(config, (train.batch_size or 1) // train.accumulation, context)
         inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
@@ -132,7 +143,7 @@ def resolve(
         epochs = TUNING_EPOCHS if facts.base is not None else None
         run = run.model_copy(update={**said, "train": run.train.model_copy(update={"epochs": epochs})})
     budget = run.budget_seconds
-    context = run.data.context or facts.context or _context(facts.tokens)
+    context = run.data.context or facts.context or min(_context(facts.tokens), facts.longest or MOST_CONTEXT)
     model = facts.base or _model(run, facts, context, budget, _rate(probe))
     length = context if facts.rows is None else max(facts.tokens // facts.rows, 1)
     batch = run.train.batch_size or (
@@ -190,8 +201,8 @@ def _fastest(
 
 
 def _context(train_tokens: int) -> int:
-    """A power of two up to 256 of which the data has at least 64."""
-    return max(8, min(256, 1 << int(math.log2(max(train_tokens // 64, 8)))))
+    """A power of two up to MOST_CONTEXT of which the data has at least 64."""
+    return max(8, min(MOST_CONTEXT, 1 << int(math.log2(max(train_tokens // 64, 8)))))
 
 
 def _rate(probe: Probe | None) -> float:

@@ -33,7 +33,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
 # Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
-FREE = {"output", "data.path", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
+FREE = {"output", "data.path", "tokenizer.path", "distill.teacher", "train.threads", "train.dtype", "train.device"}
 FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
 OVERRIDABLE = {"budget", "data.valid_path"} | {
