@@ -178,9 +178,14 @@ def _neighbours(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Pred
 
 def _images(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     patch = loaded.config.embeddings.patch
-    images = held_out_images(data, patch.image if patch else 0)
+    if loaded.config.head.type != "image-classification" or patch is None:
+        fix = f"headway train base={loaded.path} data.path=IMAGES"
+        raise ConfigError("head", f"{loaded.config.head.type} tells no classes", "image-classification", fix)
+    images = held_out_images(data, patch.image)
     assert images is not None
-    batches = ImageBatches(images, ImageClassification()).in_order(how.rows, how.limit or len(images.labels))
+    batches = ImageBatches(images, ImageClassification(), patch.size).in_order(
+        how.rows, how.limit or len(images.labels)
+    )
     seen: list[int] = []
     table = in_order(outputs(loaded.model, _noted(batches, seen), lambda done: how.progress(done, len(images.labels))))
     return Predicted("labels", (table.argmax(1), images.labels[np.array(sorted(seen))]))

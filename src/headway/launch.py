@@ -245,7 +245,9 @@ def _model(config: ModelConfig, made: Material) -> Transformer:
         if config.head.type != made.base.config.head.type:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         wanted = model.state_dict()
-        fitting = {name: tensor for name, tensor in weights.items() if wanted[name].shape == tensor.shape}
+        fitting = {
+            name: tensor for name, tensor in weights.items() if name in wanted and wanted[name].shape == tensor.shape
+        }
         model.load_state_dict(fitting, strict=False)
     return model
 

@@ -314,6 +314,7 @@ def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, a
 
 
 POOLING, MODULES, GENERATION = "1_Pooling/config.json", "modules.json", "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 POOLING_MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
@@ -371,6 +372,18 @@ def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> L
         raw=found.raw,
         unread=found.unread,
     )
+
+
+def check_pixels(loaded: Loaded, key: str) -> None:
+    """Whether a published vision model sees pixels from -1 to 1, as images are given here. Raises ConfigError."""
+    path = loaded.path / PREPROCESSOR
+    if loaded.form != "hf" or loaded.config.embeddings.patch is None or not path.is_file():
+        return
+    said = hub_folder.read_json(path)
+    for name in ("image_mean", "image_std"):
+        values = said.get(name)
+        if isinstance(values, list) and any(value != 0.5 for value in values):
+            raise ConfigError(key, f"{path}: {name} {values}"[:200], "0.5 each: pixels from -1 to 1", "another model")
 
 
 def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:

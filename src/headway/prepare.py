@@ -23,13 +23,13 @@ from torch import Tensor
 from headway import loading, machine
 from headway import run_config as rc
 from headway.checkpoints.folder import TOKENIZER, list_checkpoints
-from headway.config import ModelConfig, with_fields
+from headway.config import ModelConfig, Patch, with_fields
 from headway.data import Corpus, PackedBatches, Prepared, ReadOptions, ReadReport, open_corpus, prepare
 from headway.data.corpus import fingerprint
 from headway.data.encode import Coder, Losses
 from headway.data.examples import Sides, encode_all, gather, prepare_examples
 from headway.data.forms import Example, Text, examples, split
-from headway.data.images import find_images, is_images
+from headway.data.images import ImageSet, find_images, is_images
 from headway.data.rows import find_tables, is_table, read_rows
 from headway.data.sources import is_rows
 from headway.errors import ConfigError, InputError, MachineError
@@ -129,7 +129,7 @@ class _Where:
     @property
     def base(self) -> loading.Loaded | None:
         """The model that is trained further; a resumed run has its own weights, but still asks for its shape."""
-        return None if self.run.base is None else _load_base(self.run.base)
+        return None if self.run.base is None else _load_base(self.run.base, "base")
 
     @property
     def teacher(self) -> Teacher | None:
@@ -137,7 +137,7 @@ class _Where:
         how = self.run.distill
         if how is None:
             return None
-        loaded = _load_base(how.teacher)
+        loaded = _load_base(how.teacher, "distill.teacher")
         classes = loading.class_names(loaded) if hasattr(loaded.config.head, "labels") else ()
         teacher = Teacher(how, loaded.model, loaded.tokenizer, classes, loaded.weights_sha256)
         if loaded.config.vocab_size:
@@ -146,12 +146,14 @@ class _Where:
         return teacher
 
 
-def _load_base(name: str) -> loading.Loaded:
+def _load_base(name: str, key: str) -> loading.Loaded:
     import torch
 
     from headway.checkpoints.fetch import resolve
 
-    return loading.load(resolve(name), dtype=torch.float32)
+    loaded = loading.load(resolve(name), dtype=torch.float32)
+    loading.check_pixels(loaded, key)
+    return loaded
 
 
 def read_options(data: Data) -> ReadOptions:
@@ -252,10 +254,7 @@ def _running_text(where: _Where) -> Material:
     config = None if base is None else base.config
     if config is not None:
         check_objective(objective, config)
-    sizes = token_byte_lengths(
-        b"" if number in tokenizer.special_ids else tokenizer.token_bytes(number)
-        for number in range(tokenizer.vocab_size)
-    )
+    sizes = _byte_lengths(tokenizer)
 
     def source(model: ModelConfig, run: RunConfig) -> BatchSource:
         check_objective(objective, model)
@@ -297,6 +296,11 @@ def _running_text(where: _Where) -> Material:
         data,
         data.lines,
     )
+
+
+def _byte_lengths(tokenizer: Tokenizer) -> Tensor:
+    special = tokenizer.special_ids
+    return token_byte_lengths(b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
 
 
 def _rows_of(tokenizer: Tokenizer, teacher: Teacher | None) -> int:
@@ -448,43 +452,66 @@ def _shape(
 
 
 def _pictures(where: _Where) -> Material:
-    run, d = where.run, where.run.data
-    if run.base is not None:
-        raise ConfigError("base", "a published model for images", "a new one", "leave out base")
-    teacher = where.teacher
-    train, valid = find_images(str(d.path), d.valid_path, d.image or _side(teacher), d.val_fraction)
-    if teacher is not None:
-        teacher.check_classes(train.names)
+    run, d, base, teacher = where.run, where.run.data, where.base, where.teacher
+    models = [config for config in (base and base.config, teacher and teacher.model.config) if config]
+    sides = [patch.image for patch in (config.embeddings.patch for config in models) if patch]
+    train, valid = find_images(str(d.path), d.valid_path, d.image or next(iter(sides), None), d.val_fraction)
     objective = run.objective or rc.ImageClassification()
-    if not isinstance(objective, rc.ImageClassification):
-        raise ConfigError("objective", f"{objective.type} for images ({d.path})", "image-classification")
+    if not isinstance(objective, rc.ImageClassification | rc.MaskedPatches):
+        found = f"{objective.type} for images ({d.path})"
+        raise ConfigError("objective", found, "image-classification or masked-patches")
+    names = train.names if isinstance(objective, rc.ImageClassification) else ()
+    if teacher is not None:
+        teacher.check_classes(names)
     where.say(f"{d.path}: {len(train.labels):,} images to train on, {len(valid.labels):,} held out")
-    batches = ImageBatches(train, objective), ImageBatches(valid, objective)
-    _, channels, side, _ = train.pixels.shape
-    patch = d.patch or patch_of(side)
-    fields = {
-        "kind": "vision",
-        "vocab_size": 0,
-        "positions": "learned",
-        "max_len": (side // patch) ** 2,
-        "embeddings": {"patch": {"size": patch, "image": side, "channels": channels, "first_token": False}},
-        "head": {"type": "image-classification", "labels": len(train.names), "pooling": "mean"},
-    }
-    positions = (side // patch) ** 2
+    fields, config = _seeing(where, base, train, objective, len(names))
+    patch = Patch(**fields["embeddings"]["patch"]) if config is None else config.embeddings.patch
+    assert patch is not None
+
+    def batches(side: ImageSet, model: ModelConfig) -> ImageBatches:
+        return ImageBatches(side, objective, (model.embeddings.patch or patch).size)
+
     return Material(
-        run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": train.names})}),
+        run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": names})}),
         None,
-        Facts(len(train.labels) * positions, fields, len(train.labels), positions),
+        Facts(len(train.labels) * patch.count, fields, len(train.labels), patch.count, config),
         (len(train.labels), len(valid.labels)),
         "images",
-        lambda model, run: batches[0].shuffled(run.train.batch_size or 1, run.train.seed),
-        lambda model, run: batches[1].in_order(run.train.batch_size or 1, run.train.eval_rows),
-        lambda model, rows, context: batches[0].shuffled(rows, 0).batch(0).inputs,
+        lambda model, run: batches(train, model).shuffled(run.train.batch_size or 1, run.train.seed),
+        lambda model, run: batches(valid, model).in_order(run.train.batch_size or 1, run.train.eval_rows),
+        lambda model, rows, context: batches(train, model).shuffled(rows, 0).batch(0).inputs,
+        base=base,
         teacher=teacher,
     )
 
 
-def _side(teacher: Teacher | None) -> int | None:
-    """Pixels a side of the images that a teacher sees."""
-    patch = teacher.model.config.embeddings.patch if teacher is not None else None
-    return None if patch is None else patch.image
+def _seeing(
+    where: _Where,
+    base: loading.Loaded | None,
+    images: ImageSet,
+    objective: rc.ImageClassification | rc.MaskedPatches,
+    labels: int,
+) -> tuple[dict[str, Any], ModelConfig | None]:
+    """(what the images decide about a new model, the base's config with the head that the objective needs).
+
+    Raises ConfigError for a base that sees other images.
+    """
+    _, channels, side, _ = images.pixels.shape
+    is_class = isinstance(objective, rc.ImageClassification)
+    head: dict[str, Any] = {"type": objective.type, **({"labels": labels, "pooling": "mean"} if is_class else {})}
+    if base is None:
+        size = where.run.data.patch or patch_of(side)
+        patch = {"size": size, "image": side, "channels": channels, "first_token": False}
+        vision = {"kind": "vision", "vocab_size": 0, "positions": "learned", "max_len": (side // size) ** 2}
+        return {**vision, "embeddings": {"patch": patch}, "head": head}, None
+    known, old = base.config.embeddings.patch, base.config.head
+    name, found = str(where.run.base), f"images of {channels} x {side} x {side}"
+    if known is None:
+        raise ConfigError("base and data.path", f"{name} of kind {base.config.kind} for {found}", "a vision model")
+    if (known.channels, known.image) != (channels, side) or where.run.data.patch not in (None, known.size):
+        sees = f"{known.channels} x {known.image} x {known.image} in patches of {known.size}"
+        fix = "leave out data.patch and data.image, or another base"
+        raise ConfigError("base and data", f"{found} for {name}, which sees {sees}", "images of that size", fix)
+    if is_class:
+        head["pooling"] = getattr(old, "pooling", "first" if known.first_token else "mean")
+    return {}, with_fields(base.config, head=head)

@@ -136,6 +136,15 @@ class ImageClassification(Frozen):
     flip: bool = True
 
 
+class MaskedPatches(Frozen):
+    """Pixels of hidden patches, `rate` of each image; no labels are used (SimMIM, arXiv:2111.09886)."""
+
+    type: Literal["masked-patches"] = "masked-patches"
+    rate: Share = 0.6
+    shift: Count = 2
+    flip: bool = True
+
+
 Objective = Annotated[
     CausalLM
     | MaskedLM
@@ -146,7 +155,8 @@ Objective = Annotated[
     | TokenClassification
     | Span
     | Contrastive
-    | ImageClassification,
+    | ImageClassification
+    | MaskedPatches,
     Field(discriminator="type"),
     BeforeValidator(as_tagged),
 ]

@@ -1,7 +1,8 @@
 """From hidden states to answers, and from answers and labels to a loss: one head per task.
 
 Labels: ids (B, T) for language modelling and token classification, class indices or (B, labels) for classification,
-(B, 2) start and end for spans, group numbers (B,) for embeddings (equal number: a positive pair). -100 is ignored;
+(B, 2) start and end for spans, group numbers (B,) for embeddings (equal number: a positive pair), the pixels of hidden
+patches (B, patches, pixels), which also say by -100 which patches the model may see. -100 is ignored;
 when every label is ignored the loss is zero with zero gradients, never NaN.
 
 The logits of a vocabulary are the largest thing in a training step: V numbers per position where a block keeps some
@@ -471,7 +472,30 @@ class EmbeddingHead(Head):
         return found.sum() / positive.any(-1).sum().clamp(min=1)
 
 
-AnyHead = LanguageModelHead | ClassificationHead | SpanHead | EmbeddingHead
+class PatchHead(Head):
+    """The pixels of every patch (SimMIM, arXiv:2111.09886, sections 3.4 and 3.5)."""
+
+    def __init__(self, config: cfg.ModelConfig) -> None:
+        super().__init__()
+        patch = config.embeddings.patch
+        assert patch is not None
+        self.extra = patch.extra
+        self.output = nn.Linear(config.d_model, patch.pixels)
+
+    def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, patches, pixels)."""
+        pixels: Tensor = self.output(hidden_BTD[:, self.extra :])
+        return pixels
+
+    def loss(self, logits: Tensor, labels: Tensor, soft: Soft | None = None) -> Tensor:
+        """The mean distance of a hidden pixel's value; what was seen does not count."""
+        _no_classes(soft)
+        known = labels != IGNORED
+        each = (wide(logits) - labels).abs()
+        return each.where(known, 0.0).sum() / known.sum().clamp(min=1)
+
+
+AnyHead = LanguageModelHead | ClassificationHead | SpanHead | EmbeddingHead | PatchHead
 
 
 def make_head(config: cfg.ModelConfig) -> AnyHead:
@@ -483,5 +507,7 @@ def make_head(config: cfg.ModelConfig) -> AnyHead:
             return ClassificationHead(config, head)
         case cfg.PooledEmbedding() as head:
             return EmbeddingHead(config, head)
+        case cfg.MaskedPatches():
+            return PatchHead(config)
         case _:
             return SpanHead(config)

@@ -125,7 +125,8 @@ class Transformer(nn.Module):
             decoder_input_ids, decoder_attention_mask: (B, T) of an encoder-decoder; ids default to labels shifted
                 right behind `tokens.decoder_start` (teacher forcing).
             pixel_values: (B, C, height, width) for vision. input_features: (B, bins, frames) for audio.
-            labels: see heads.py. For language models they already stand where they are predicted.
+            labels: see heads.py. For language models they already stand where they are predicted; for masked patches
+                the model sees only those patches that have none.
             cache: from `new_cache`; remembers what it has seen.
         """
         hidden, real, encoded = self._states(
@@ -183,14 +184,16 @@ class Transformer(nn.Module):
         if not self.is_pair:
             stack = self.decoder if self.decoder is not None else self.encoder
             assert stack is not None
-            return States(self._run(stack, self._check(inputs), real, documents, token_types, cache), real)
+            hides = labels is not None and self.config.head.type == "masked-patches"
+            hidden_BP = labels[..., 0] != IGNORED if labels is not None and hides else None
+            return States(self._run(stack, self._check(inputs), real, documents, token_types, cache, hidden_BP), real)
         assert self.encoder is not None and self.decoder is not None
         encoded, encoder_real = self._encode(inputs, real, documents, cache)
         if decoder_input_ids is None:
             decoder_input_ids = self._shift(labels)
         decoder_real = None if decoder_attention_mask is None else decoder_attention_mask.bool()
         ids = self._check(decoder_input_ids)
-        hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, encoded, encoder_real)
+        hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, None, encoded, encoder_real)
         return States(hidden, decoder_real, encoded)
 
     def new_cache(self, batch: int, max_len: int, lengths: Tensor | None = None) -> Cache:
@@ -226,13 +229,14 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         token_types: Tensor | None,
         cache: Cache | None,
+        hidden_BP: Tensor | None = None,
         encoder_BSD: Tensor | None = None,
         encoder_real: Tensor | None = None,
     ) -> Tensor:
         """Embed and pass through one stack."""
         sight = self._sight(inputs, real, documents, cache)
         embeddings = self.embeddings if stack is not self.decoder else self.decoder_embeddings or self.embeddings
-        x_BTD = embeddings(sight.q_positions, inputs, token_types)
+        x_BTD = embeddings(sight.q_positions, inputs, token_types, hidden_BP)
         out: Tensor = stack(x_BTD, sight, cache, encoder_BSD, encoder_real)
         return out
 

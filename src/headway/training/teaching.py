@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headway.config import ModelConfig, SequenceClassification
+from headway.config import ModelConfig
 from headway.errors import ConfigError
 from headway.nn import Transformer
 from headway.nn.model import Teaching
@@ -84,9 +84,9 @@ class Teacher:
 def check_teaching(teacher: ModelConfig, student: ModelConfig) -> None:
     """Whether the two score the same things. Raises ConfigError naming both."""
     head = student.head
-    scored = getattr(head, "problem", "single") != "regression" and head.type != "pooled-embedding"
-    if not scored:
-        what = "a number" if isinstance(head, SequenceClassification) else "vectors"
+    gives = {"pooled-embedding": "vectors", "masked-patches": "pixels"}.get(head.type)
+    what = "a number" if getattr(head, "problem", "single") == "regression" else gives
+    if what is not None:
         raise ConfigError("distill", f"a student that gives {what}", "a head over a vocabulary, classes or places")
     ours, theirs = _scores(student), _scores(teacher)
     different = [f"{name} {theirs[name]} and {ours[name]}" for name in ours if ours[name] != theirs.get(name)]
