@@ -36,6 +36,7 @@ from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
+from headway.families._preset import architecture_for
 from headway.nn import Transformer
 from headway.run_config import load_run
 from headway.strict import strict_json
@@ -219,7 +220,7 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
     weights = read_tensors(folder / WEIGHTS)
     # On the meta device first: a config that asks for more than the file holds must not take memory.
     check_weights(Transformer.blank(config), weights, folder / WEIGHTS, run / MODEL)
-    family, architecture, raw = _origin(manifest)
+    family, architecture, raw = _origin(manifest, config)
     return Loaded(
         Transformer.of(config, weights),
         tokenizer,
@@ -234,8 +235,12 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
     )
 
 
-def _origin(manifest: Manifest) -> tuple[str, str, dict[str, Any]]:
-    """Family, architecture and config.json of the published model that a run folder was converted from, if it was."""
+def _origin(manifest: Manifest, config: ModelConfig) -> tuple[str, str, dict[str, Any]]:
+    """Family, architecture and config.json of the published model that a run folder was converted from, if it was; of a
+    run with a preset its family."""
+    preset = manifest.meta.get("preset")
+    if isinstance(preset, str) and preset in families():
+        return preset, architecture_for(families()[preset], config.head.type), {}
     family, architecture, raw = (manifest.meta.get(name) for name in ("family", "architecture", "raw"))
     known = families().get(family) if isinstance(family, str) else None
     if known is None or not isinstance(architecture, str) or architecture not in known.heads:

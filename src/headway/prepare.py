@@ -33,6 +33,7 @@ from headway.data.images import ImageSet, find_images, is_images
 from headway.data.rows import find_tables, is_table, read_rows
 from headway.data.sources import is_rows
 from headway.errors import ConfigError, InputError, MachineError
+from headway.families._preset import preset_family
 from headway.run_config import Data, RunConfig
 from headway.text import Tokenizer, train_tokenizer
 from headway.training.objectives import BatchSource, CausalLM, TrainingBatch, causal_evaluation, token_byte_lengths
@@ -219,11 +220,19 @@ def _new_tokenizer(where: _Where, texts: Callable[[], Iterable[str]], size: int,
 
 
 def _kind(where: _Where, base: loading.Loaded | None, teacher: Teacher | None) -> str | None:
-    """The model's kind as far as anybody says it: the base, the user, a teacher."""
+    """The model's kind as far as anybody says it: the base, a preset, the user, a teacher."""
     said = where.run.model.get("kind")
     if base is not None:
         return base.config.kind
+    if where.run.preset is not None:
+        return str(preset_family(where.run.preset).fixed["kind"])
     return said if said is not None or teacher is None else teacher.model.config.kind
+
+
+def _has_types(preset: str | None) -> bool:
+    """Whether a model of this form tells the two texts of a pair apart."""
+    keys = preset_family(preset).keys.values() if preset is not None else ()
+    return any(key.ours == "embeddings.token_types" and key.default != 1 for key in keys)
 
 
 def _special(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
@@ -249,7 +258,7 @@ def _running_text(where: _Where) -> Material:
     isolate = d.isolate and not isinstance(objective, rc.SpanCorruption | rc.Denoising)
     new_kind = {"causal-lm": "decoder", "masked-lm": "encoder"}.get(objective.type, "encoder-decoder")
     fields = {"vocab_size": _rows_of(tokenizer, teacher), "kind": new_kind, "head": {"type": head_for(objective)}}
-    if new_kind != "decoder":
+    if new_kind != "decoder" or run.preset is not None:
         fields["tokens"] = _special(tokenizer, new_kind)
     config = None if base is None else base.config
     if config is not None:
@@ -375,7 +384,7 @@ def _rows(where: _Where, form: type) -> Material:
     tokenizer = _tokenizer(where, base, teacher, lambda: (t for e in train for t in e.texts()), size, objective)
     readers = [one for one in (base and base.config, teacher and teacher.model.config) if one]
     longest = d.context or min([CONTEXT, *(config.max_len for config in readers)])
-    has_types = any(config.embeddings.token_types > 1 for config in readers)
+    has_types = any(config.embeddings.token_types > 1 for config in readers) or _has_types(run.preset)
     coder = Coder(tokenizer, longest, d.target or longest, classes.names, has_types)
 
     def build(key: str) -> Sides:

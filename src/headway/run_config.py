@@ -265,6 +265,13 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: "leave out base",
     ),
     Rule(
+        ("base", "preset"),
+        lambda r: r.base is not None and r.preset is not None,
+        lambda r: f"a model to train further ({r.base}) and the form of a new one ({r.preset})",
+        "one of the two",
+        lambda r: "leave out preset",
+    ),
+    Rule(
         ("tokenizer.path", "tokenizer.kind"),
         lambda r: r.tokenizer.path is not None and r.tokenizer.kind is not None,
         lambda r: f"a tokenizer to load ({r.tokenizer.path}) and one to train ({r.tokenizer.kind})",
@@ -286,6 +293,7 @@ class RunConfig(Checked):
 
     `model` holds ModelConfig's fields, or the one dial `depth`. `objective` None is what the data's form asks for.
     `base` is a model to train further: a path or name as `headway.load` takes it; `distill` names one to learn from.
+    `preset` is a family of published models whose form a new model has, `gpt2` or `llama`.
     """
 
     model: dict[str, Any] = Field(default_factory=dict)
@@ -295,6 +303,7 @@ class RunConfig(Checked):
     objective: Objective | None = None
     base: str | None = None
     distill: Distill | None = None
+    preset: str | None = None
     budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None
 

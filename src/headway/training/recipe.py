@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.config import ModelConfig
+from headway.config import DEFAULT_HEAD, ModelConfig, as_tagged
+from headway.families._preset import check_preset, preset_family, preset_fields
 from headway.machine import Probe, choose
 from headway.nn import Transformer
-from headway.run_config import RunConfig, Train
+from headway.run_config import RunConfig, Train, flatten
 from headway.training.evaluate import precision
 from headway.training.loop import configure
 from headway.training.optimizers import make_optimizer
@@ -33,6 +34,8 @@ ARCHITECTURE: Mapping[str, Any] = {
     "feed_forward": {"activation": "relu2"},  # arXiv:2109.08668: as good as SwiGLU here, and cheaper
     "init": {"std": None, "residual": "zero"},  # every block begins as the identity
 }
+# Of models in a published family's form: a table that is also the output wants small numbers.
+PRESET_INIT: Mapping[str, Any] = {"std": 0.02, "residual": "scaled"}
 # What a published model is tuned with (arXiv:1810.04805, appendix A.3; the rate's middle value).
 TUNING: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "beta2": 0.999}
 TUNING_EPOCHS, TUNING_ROWS, TUNING_WARMUP = 3.0, 32, 0.1
@@ -211,6 +214,7 @@ def _rate(probe: Probe | None) -> float:
 
 
 def _model(run: RunConfig, facts: Facts, context: int, budget: float | None, rate: float) -> ModelConfig:
+    """The model of these sizes: the recipe's own, or that of a published family."""
     given = dict(run.model)
     depth = given.pop("depth", None)
     if "d_model" not in given and "n_layers" not in given and depth is None:
@@ -223,7 +227,26 @@ def _model(run: RunConfig, facts: Facts, context: int, budget: float | None, rat
     else:
         width = WIDTH_PER_LAYER * given["n_layers"]
         sizes = {"d_model": width, "n_heads": _heads(width)}
-    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, "max_len": context, **facts.fields}), given))
+    sizes = {**sizes, "max_len": context}
+    if run.preset is not None:
+        return _published(run.preset, sizes, facts, given)
+    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, **facts.fields}), given))
+
+
+def _published(name: str, sizes: Mapping[str, Any], facts: Facts, given: Mapping[str, Any]) -> ModelConfig:
+    """A model of a family's form. Raises ConfigError where data or user ask for what the family does not have."""
+    family, data = preset_family(name), facts.fields
+    head = _over({"head": {"type": DEFAULT_HEAD[str(family.fixed["kind"])]}}, data)["head"]
+    head = _over({"head": head}, {"head": as_tagged(given.get("head", {}))})["head"]
+    known = flatten(_over(_over(sizes, data), given))
+    below = preset_fields(family, head["type"], {key: value for key, value in known.items() if value is not None})
+    said = {key: head[key] for key in ("labels", "problem") if key in head}
+    # A mask's id stands in the tokenizer alone: no config.json says it.
+    tokens = {key: value for key, value in data.get("tokens", {}).items() if key != "mask"}
+    above = {"vocab_size": data.get("vocab_size", 0), "tokens": tokens, "head": said, "init": PRESET_INIT}
+    model = ModelConfig(**_over(_over(below, above), given))
+    check_preset(name, model)
+    return model
 
 
 def _heads(width: int) -> int:

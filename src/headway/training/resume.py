@@ -135,6 +135,7 @@ class RunState:
             "identity": dict(self.identity),
             "random": {name: hashlib.sha256(bytes(value.tolist())).hexdigest() for name, value in random.items()},
             "cursor": progress.step,
+            "preset": self.config.get("preset"),
             **self.environment,
         }
         with shown(self.average):
