@@ -29,7 +29,7 @@ ENCODER: dict[str, Any] = {"kind": "encoder"}
 BASES: dict[type[BaseModel], dict[str, Any]] = {ModelConfig: MODEL, RunConfig: {}, GenerationOptions: {}}
 # A value for each required field of a nested object.
 REQUIRED: dict[str, Any] = {"factor": 2.0, "original_len": 8, "short": [1.0, 1.0], "long": [2.0, 2.0]}
-REQUIRED |= {"experts": 4, "size": 2, "image": 4}
+REQUIRED |= {"experts": 4, "size": 2, "image": 4, "teacher": "runs/teacher"}
 
 
 class Place(NamedTuple):

@@ -36,7 +36,7 @@ HEADS: dict[str, list[str]] = {
         "masked-lm",
     ],
     "encoder-decoder": ["causal-lm"],
-    "vision": ["image-classification", "sequence-classification", "pooled-embedding"],
+    "vision": ["image-classification", "sequence-classification", "pooled-embedding", "masked-patches"],
 }
 
 

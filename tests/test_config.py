@@ -227,7 +227,7 @@ def choices() -> Iterator[tuple[Place, str]]:
 @pytest.mark.fault("F1")
 def test_every_choice_with_one_edit_gets_the_nearest_name():
     known = Counter(place.dotted for place, _ in choices())
-    assert known["positions"] == 6 and known["head"] == 7 and known["kind"] == 4
+    assert known["positions"] == 6 and known["head"] == 8 and known["kind"] == 4
     for place, word in choices():
         for wrong in (word[1:], word[:-1], word + "z", word[1] + word[0] + word[2:]):
             if (place.dotted, wrong) in {(other.dotted, name) for other, name in choices()}:

@@ -63,6 +63,7 @@ MODEL_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     (("kind", "vocab_size"), {"vocab_size": 0}),
     (("kind", "vocab_size"), {**VISION, "vocab_size": 10}),
     (("kind", "head"), {"head": "image-classification"}),
+    (("kind", "head"), {**ENCODER, "head": "masked-patches"}),
     (("kind", "head"), {**VISION, "head": "span"}),
     (("kind", "head.type"), {"head": "masked-lm"}),
     (("kind", "head.type"), {**PAIR, "head": "pooled-embedding"}),

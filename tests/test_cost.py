@@ -17,6 +17,9 @@ GRID = grid()
 BASE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 50, "max_len": 16}
 
 
+VISION = {"kind": "vision", "vocab_size": 0, "max_len": 16}
+
+
 def test_parameters_are_those_of_the_model():
     for number, config in enumerate(GRID):
         with torch.device("meta"):
@@ -35,6 +38,7 @@ def test_parameters_are_those_of_the_model():
         {"attention": "full", "kind": "encoder", "head": "span", "n_kv_heads": 2, "feed_forward": "swiglu"},
         {"attention": "full", "kind": "encoder", "head": {"type": "sequence-classification", "labels": 7}},
         {"kind": "vision", "vocab_size": 0, "max_len": 17, "embeddings": {"patch": {"size": 4, "image": 16}}},
+        {**VISION, "embeddings": {"patch": {"size": 4, "image": 16, "first_token": False}}, "head": "masked-patches"},
     ],
     ids=str,
 )
@@ -49,7 +53,7 @@ def test_flops_are_those_that_pytorch_counts(fields):
         model(**row)
     expected = cost.forward_flops(config, T) * T
     if patch:  # the first token is no patch and is not projected
-        expected -= 2 * config.d_model * patch.channels * patch.size**2
+        expected -= 2 * config.d_model * patch.channels * patch.size**2 * patch.extra
     assert counter.get_total_flops() == expected
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from headway import loading
-from headway.checkpoints.folder import CONFIG
 from headway.data.encode import Coder, Losses
 from headway.data.examples import encode_all, gather
 from headway.data.forms import Example, Labelled, Pair, Question, Tagged, examples
@@ -25,7 +23,7 @@ from headway.evaluation.embed import embed
 from headway.evaluation.interval import Measured
 from headway.evaluation.metrics import METRICS, measure
 from headway.evaluation.predict import answers, in_order, outputs, ranks_of
-from headway.run_config import ImageClassification, load_run
+from headway.run_config import ImageClassification
 from headway.training.pictures import ImageBatches
 from headway.training.tasks import TASKS, ExampleBatches
 
@@ -83,15 +81,6 @@ def assess(loaded: loading.Loaded, data: str, metrics: Sequence[str] = (), how: 
     return [one for name in chosen for one in measure(name, *found.data)]
 
 
-def class_names(loaded: loading.Loaded) -> tuple[str, ...]:
-    """The classes of a model: a run's `data.labels`, or a published model's id2label."""
-    places = [folder / CONFIG for folder in (loaded.path, loaded.path.parent.parent)]  # a run, or a checkpoint of one
-    for place in filter(Path.is_file, places if loaded.form == "run" else ()):
-        return load_run([place], (), {}).run.data.labels
-    names = loaded.raw.get("id2label")
-    return tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else ()
-
-
 def predicted(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     """A model's answers beside the true ones."""
     head, kind = loaded.config.head.type, loaded.config.kind
@@ -115,7 +104,9 @@ def predicted(loaded: loading.Loaded, data: str, how: How) -> Predicted:
 
 def _coder(loaded: loading.Loaded, how: How) -> Coder:
     types = loaded.config.embeddings.token_types > 1
-    return Coder(loaded.words, loaded.config.max_len, loaded.config.max_len, how.labels or class_names(loaded), types)
+    return Coder(
+        loaded.words, loaded.config.max_len, loaded.config.max_len, how.labels or loading.class_names(loaded), types
+    )
 
 
 def _outputs(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[dict[int, Any], Any]:
@@ -142,7 +133,7 @@ def _classes(loaded: loading.Loaded, found: Sequence[Labelled], how: How) -> Pre
 
 def _tags(loaded: loading.Loaded, found: Sequence[Tagged], how: How) -> Predicted:
     logits, encoded = _outputs(loaded, "token-classification", found, how)
-    names = how.labels or class_names(loaded)
+    names = how.labels or loading.class_names(loaded)
     ours, theirs = [], []
     for number in range(len(encoded)):
         labels = encoded.columns["labels"][number]
@@ -187,9 +178,14 @@ def _neighbours(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Pred
 
 def _images(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     patch = loaded.config.embeddings.patch
-    images = held_out_images(data, patch.image if patch else 0)
+    if loaded.config.head.type != "image-classification" or patch is None:
+        fix = f"headway train base={loaded.path} data.path=IMAGES"
+        raise ConfigError("head", f"{loaded.config.head.type} tells no classes", "image-classification", fix)
+    images = held_out_images(data, patch.image)
     assert images is not None
-    batches = ImageBatches(images, ImageClassification()).in_order(how.rows, how.limit or len(images.labels))
+    batches = ImageBatches(images, ImageClassification(), patch.size).in_order(
+        how.rows, how.limit or len(images.labels)
+    )
     seen: list[int] = []
     table = in_order(outputs(loaded.model, _noted(batches, seen), lambda done: how.progress(done, len(images.labels))))
     return Predicted("labels", (table.argmax(1), images.labels[np.array(sorted(seen))]))

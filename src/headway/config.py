@@ -63,9 +63,7 @@ def as_tagged(value: object) -> object:
 
 def as_tuple(value: object) -> object:
     """YAML and JSON know lists only, strict tuples accept tuples only."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 Reals = Annotated[tuple[PositiveReal, ...], BeforeValidator(as_tuple)]
@@ -329,6 +327,11 @@ class Patch(Frozen):
         """Positions of one image: its patches and the learned vectors."""
         return (self.image // self.size) ** 2 + self.extra
 
+    @property
+    def pixels(self) -> int:
+        """Numbers of one patch."""
+        return self.channels * self.size**2
+
 
 class Audio(Frozen):
     """A log-mel spectrogram, `bins` x `frames`, through two convolutions, the second of stride 2 (arXiv:2212.04356)."""
@@ -437,8 +440,15 @@ class ImageClassification(Frozen):
     pooling: Pooling = "first"
 
 
+class MaskedPatches(Frozen):
+    """The pixels of hidden patches, foretold by one linear map (SimMIM, arXiv:2111.09886)."""
+
+    type: Literal["masked-patches"] = "masked-patches"
+
+
+TextHead = CausalLM | MaskedLM | SequenceClassification | TokenClassification | Span | PooledEmbedding
 Head = Annotated[
-    CausalLM | MaskedLM | SequenceClassification | TokenClassification | Span | PooledEmbedding | ImageClassification,
+    TextHead | ImageClassification | MaskedPatches,
     Field(discriminator="type"),
     BeforeValidator(as_tagged),
 ]
@@ -468,12 +478,8 @@ class Tokens(Frozen):
 
 # --- the model -------------------------------------------------------------------------------------------------
 
-DEFAULT_HEAD: Mapping[str, str] = {
-    "decoder": "causal-lm",
-    "encoder": "masked-lm",
-    "encoder-decoder": "causal-lm",
-    "vision": "image-classification",
-}
+DEFAULT_HEAD = {"decoder": "causal-lm", "encoder": "masked-lm", "encoder-decoder": "causal-lm"}
+DEFAULT_HEAD |= {"vision": "image-classification"}
 
 
 class ModelConfig(Checked):
@@ -554,21 +560,18 @@ def derive(fields: dict[str, Any]) -> dict[str, Any]:
     default("n_kv_heads", n_heads)
     if d_model and n_heads and out.get("d_head") is None:
         if d_model % n_heads:
-            raise ConfigError(
-                "d_model and n_heads",
-                f"width {d_model} cannot be divided among {n_heads} heads",
-                "a width that is a multiple of the heads, or an explicit d_head",
-                f"d_model={nearest_multiples(d_model, n_heads)}",
-            )
+            found = f"width {d_model} cannot be divided among {n_heads} heads"
+            wanted = "a width that is a multiple of the heads, or an explicit d_head"
+            fix = f"d_model={nearest_multiples(d_model, n_heads)}"
+            raise ConfigError("d_model and n_heads", found, wanted, fix)
         out["d_head"] = d_model // n_heads
     default("d_ff", 4 * d_model if d_model else None)
     if kind == "encoder-decoder":
         default("n_decoder_layers", number("n_layers"))
     attention = as_attention(out.get("attention", {}))
     if isinstance(attention, dict):
-        is_pair = kind == "encoder-decoder"
         direction = "causal" if kind == "decoder" else "full"
-        out["attention"] = {"pattern": (direction,), "cross_every": int(is_pair), **attention}
+        out["attention"] = {"pattern": (direction,), "cross_every": int(kind == "encoder-decoder"), **attention}
     if isinstance(kind, str) and kind in DEFAULT_HEAD:
         head = as_tagged(out.get("head", DEFAULT_HEAD[kind]))
         # The first token of a decoder has seen nothing but itself.

@@ -78,6 +78,7 @@ def _nearest_head(c: ModelConfig, least: int = 2) -> str:
     return " or ".join(str(size) for size in (below, above) if size is not None)
 
 
+IMAGE_HEADS = ("image-classification", "masked-patches")
 TEXT_HEADS = ("causal-lm", "masked-lm", "token-classification", "span")
 
 MODEL_RULES: tuple[Rule, ...] = (
@@ -203,8 +204,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         ("kind", "head"),
         lambda c: (
-            (c.kind == "vision" and c.head.type in TEXT_HEADS)
-            or (c.kind != "vision" and _is(c, "head", "image-classification"))
+            (c.kind == "vision" and c.head.type in TEXT_HEADS) or (c.kind != "vision" and c.head.type in IMAGE_HEADS)
         ),
         lambda c: f"kind {c.kind} with head {c.head.type}",
         "a head that reads what this kind produces",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from headway.config import CausalLM, LayerNorm, Learned, MaskedLM, ModelConfig, PooledEmbedding, Relative
 
-TOKEN_HEADS = ("causal-lm", "masked-lm", "token-classification", "span")
+TOKEN_HEADS = ("causal-lm", "masked-lm", "token-classification", "span", "masked-patches")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _head_matrices(c: ModelConfig) -> int:
         dense += 2 * D * c.d_head * (c.n_heads + c.n_kv_heads) + D * c.d_ff * (3 if c.feed_forward.gated else 2)
     if isinstance(head, PooledEmbedding):
         return dense + D * (head.projection or 0)
-    return dense + D * (2 if head.type == "span" else getattr(head, "labels", 0))
+    return dense + D * _outputs(c)
 
 
 def _head_vectors(c: ModelConfig) -> int:
@@ -89,7 +89,14 @@ def _head_vectors(c: ModelConfig) -> int:
         count += D + _biases(c)["attention"] + ((c.d_ff * (2 if ff.gated else 1) + D) if ff.bias else 0)
     if isinstance(head, PooledEmbedding):
         return count + (head.projection or 0) * head.projection_bias
-    return count + (2 if head.type == "span" else getattr(head, "labels", 0)) * getattr(head, "bias", True)
+    return count + _outputs(c) * getattr(head, "bias", True)
+
+
+def _outputs(c: ModelConfig) -> int:
+    """Numbers that a head without a vocabulary gives per position or sequence."""
+    if c.head.type == "masked-patches" and c.embeddings.patch is not None:
+        return c.embeddings.patch.pixels
+    return 2 if c.head.type == "span" else getattr(c.head, "labels", 0)
 
 
 def _biases(c: ModelConfig) -> dict[str, int]:
@@ -142,7 +149,7 @@ def _embeddings(c: ModelConfig) -> int:
         total += sum(length + c.positions.offset for length in lengths) * W
     total += e.token_types * W + (sides * (W + 1) * D if e.width else 0)
     if e.patch is not None:
-        total += D * (e.patch.channels * e.patch.size**2 + e.patch.extra + e.patch.bias)
+        total += D * (e.patch.pixels + e.patch.extra + e.patch.bias + (c.head.type == "masked-patches"))
     if e.audio is not None:
         total += D * (3 * e.audio.bins + 1) + D * (3 * D + 1)
     return total
@@ -174,7 +181,7 @@ def forward_flops(config: ModelConfig, length: int) -> float:
         total += 4 * c.n_heads * c.d_head * (seen + s.cross * length)  # scores and mixing
     patch = c.embeddings.patch
     if patch is not None:
-        total += 2 * c.d_model * patch.channels * patch.size**2
+        total += 2 * c.d_model * patch.pixels
     if c.embeddings.audio is not None:  # per position: one of the second convolution, two of the first
         total += 2 * 3 * c.d_model * (2 * c.embeddings.audio.bins + c.d_model)
     return total + 2 * _head_matrices(c) / (1 if c.head.type in TOKEN_HEADS else length)

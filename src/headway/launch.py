@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from headway import files, machine
 from headway.checkpoints.folder import CONFIG, MODEL, TOKENIZER, list_checkpoints
 from headway.checkpoints.tensors import tensor_hash
 from headway.config import ModelConfig
-from headway.cost import parameters, training_flops
+from headway.cost import forward_flops, parameters, training_flops
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError
 from headway.nn import Transformer
 from headway.plain_yaml import dump_yaml
@@ -33,6 +33,7 @@ from headway.training.first_look import look
 from headway.training.forecast import Forecast, forecast
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.recipe import resolve, time_step
+from headway.training.teaching import check_teaching
 from headway.training.throughput import resident_bytes
 from headway.training.world import ALONE, World, joined
 
@@ -93,6 +94,7 @@ class Plan:
             f"model: {m.kind}, {self.parameters:,} parameters, {m.n_layers} layers, d_model {m.d_model}, "
             f"{m.n_heads} heads, context {self.run.data.context}"
             + (f", from {self.run.base}" if self.run.base else ""),
+            *([made.teacher.line] if made.teacher is not None else []),
             f"training: {objective.type if objective else ''}, {t.steps:,} steps of {rows}, {t.optimizer}, "
             f"{seen / max(n_train, 1):.1f} passes over the data, {self.threads} "
             f"thread{'s' * (self.threads != 1)}, {t.dtype}",
@@ -225,9 +227,13 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     for line in made.lines:
         say(Note(f"note: {line}"))
     device = torch.device(_device(run.train.device))
+    if made.teacher is not None:
+        made = replace(made, teacher=made.teacher.on(device))
     limits = machine.probe(device.type) if world.is_first else None
     config, run, reason = _settle(made, limits, world)
     torch.set_num_threads(run.train.threads or 1)
+    if made.teacher is not None:
+        check_teaching(made.teacher.model.config, config)
     assert run.data.context is not None and run.train.batch_size is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
     model = _model(config, made).to(device)
@@ -266,7 +272,12 @@ def _settle(made: Material, limits: machine.Probe | None, world: World) -> tuple
         def clock(model: ModelConfig, train: Train, context: int) -> float:
             share = -(-(train.batch_size or 1) // (train.accumulation * world.data_size)) * train.accumulation
             return time_step(
-                model, train.model_copy(update={"batch_size": share}), context, device=device, trial=made.trial
+                model,
+                train.model_copy(update={"batch_size": share}),
+                context,
+                device=device,
+                trial=made.trial,
+                teacher=made.teacher,
             )
 
         config, run = resolve(made.run, made.facts, limits, clock)
@@ -284,7 +295,7 @@ def foretell(plan: Plan) -> Forecast:
     """What a planned run will take; runs a few steps on its own data."""
     run, made = plan.run, plan.material
     assert run.data.context is not None
-    clock = partial(time_step, device=_device(run.train.device), trial=made.trial)
+    clock = partial(time_step, device=_device(run.train.device), trial=made.trial, teacher=made.teacher)
     return forecast(plan.model, run.train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
@@ -296,7 +307,9 @@ def _model(config: ModelConfig, made: Material) -> Transformer:
         if config.head.type != made.base.config.head.type:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         wanted = model.state_dict()
-        fitting = {name: tensor for name, tensor in weights.items() if wanted[name].shape == tensor.shape}
+        fitting = {
+            name: tensor for name, tensor in weights.items() if name in wanted and wanted[name].shape == tensor.shape
+        }
         model.load_state_dict(fitting, strict=False)
     return model
 
@@ -333,12 +346,20 @@ def _trainer(
     hooks = Hooks(
         listener=listen,
         sample=partial(_sample, model, made.tokenizer, run) if writes and made.tokenizer and t.sample_tokens else None,
-        flops_per_token=training_flops(plan.model, run.data.context) if made.facts.rows is None else None,
+        flops_per_token=_flops(plan) if made.facts.rows is None else None,
         peak_flops=None if limits is None else limits.peak(t.dtype, plan.threads) * world.size,
     )
     source, evaluation = made.source(plan.model, run), partial(made.evaluation, plan.model, run)
     look(source, plan.model, None if made.tokenizer is None else made.tokenizer.bos_id)
-    return Trainer(model, source, t, folder, evaluation, run.model_dump(mode="json"), hooks, world=world)
+    config = run.model_dump(mode="json")
+    return Trainer(model, source, t, folder, evaluation, config, hooks, teacher=made.teacher, world=world)
+
+
+def _flops(plan: Plan) -> float:
+    """Of one token, a teacher's forward pass included."""
+    context, teacher = plan.run.data.context or 1, plan.material.teacher
+    taught = forward_flops(teacher.model.config, context) if teacher is not None else 0.0
+    return training_flops(plan.model, context) + taught
 
 
 def _sample(model: Transformer, tokenizer: Tokenizer, run: RunConfig) -> str:

@@ -37,7 +37,9 @@ from headway.checkpoints.towers import TOWERS, open_tower
 from headway.config import ModelConfig, PooledEmbedding, with_fields
 from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
+from headway.families._preset import architecture_for
 from headway.nn import Transformer
+from headway.run_config import load_run
 from headway.strict import strict_json
 from headway.text import Tokenizer
 from headway.text.gguf_vocab import from_gguf
@@ -220,7 +222,7 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
     blank = Transformer.blank(config)
     weights = dict(read_group(folder, WEIGHTS, ties=blank.ties))
     check_weights(blank, weights, folder / WEIGHTS, run / MODEL)
-    family, architecture, raw = _origin(manifest)
+    family, architecture, raw = _origin(manifest, config)
     return Loaded(
         Transformer.of(config, weights),
         tokenizer,
@@ -235,8 +237,12 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
     )
 
 
-def _origin(manifest: Manifest) -> tuple[str, str, dict[str, Any]]:
-    """Family, architecture and config.json of the published model that a run folder was converted from, if it was."""
+def _origin(manifest: Manifest, config: ModelConfig) -> tuple[str, str, dict[str, Any]]:
+    """Family, architecture and config.json of the published model that a run folder was converted from, if it was; of a
+    run with a preset its family."""
+    preset = manifest.meta.get("preset")
+    if isinstance(preset, str) and preset in families():
+        return preset, architecture_for(families()[preset], config.head.type), {}
     family, architecture, raw = (manifest.meta.get(name) for name in ("family", "architecture", "raw"))
     known = families().get(family) if isinstance(family, str) else None
     if known is None or not isinstance(architecture, str) or architecture not in known.heads:
@@ -315,6 +321,7 @@ def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, a
 
 
 POOLING, MODULES, GENERATION = "1_Pooling/config.json", "modules.json", "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 POOLING_MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
@@ -374,6 +381,18 @@ def _published(found: hub_folder.Checkpoint, place: Path, notes: list[str]) -> L
     )
 
 
+def check_pixels(loaded: Loaded, key: str) -> None:
+    """Whether a published vision model sees pixels from -1 to 1, as images are given here. Raises ConfigError."""
+    path = loaded.path / PREPROCESSOR
+    if loaded.form != "hf" or loaded.config.embeddings.patch is None or not path.is_file():
+        return
+    said = hub_folder.read_json(path)
+    for name in ("image_mean", "image_std"):
+        values = said.get(name)
+        if isinstance(values, list) and any(value != 0.5 for value in values):
+            raise ConfigError(key, f"{path}: {name} {values}"[:200], "0.5 each: pixels from -1 to 1", "another model")
+
+
 def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool) -> Loaded:
     with read_gguf(place) as file:
         tokenizer, table = None, file.tensors.get("token_embd.weight")
@@ -398,6 +417,15 @@ def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool)
         architecture=found.architecture,
         notes=found.notes,
     )
+
+
+def class_names(loaded: Loaded) -> tuple[str, ...]:
+    """The classes of a model: a run's `data.labels`, or a published model's id2label."""
+    places = [folder / CONFIG for folder in (loaded.path, loaded.path.parent.parent)]  # a run, or a checkpoint of one
+    for place in filter(Path.is_file, places if loaded.form == "run" else ()):
+        return load_run([place], (), {}).run.data.labels
+    names = loaded.raw.get("id2label")
+    return tuple(str(names[key]) for key in sorted(names, key=int)) if isinstance(names, dict) else ()
 
 
 # --- other containers, for `convert` -----------------------------------------------------------------------------

@@ -23,22 +23,24 @@ from torch import Tensor
 from headway import loading, machine
 from headway import run_config as rc
 from headway.checkpoints.folder import TOKENIZER, list_checkpoints
-from headway.config import ModelConfig, with_fields
+from headway.config import ModelConfig, Patch, with_fields
 from headway.data import Corpus, PackedBatches, Prepared, ReadOptions, ReadReport, open_corpus, prepare
 from headway.data.corpus import fingerprint
 from headway.data.encode import Coder, Losses
 from headway.data.examples import Sides, encode_all, gather, prepare_examples
 from headway.data.forms import Example, Text, examples, split
-from headway.data.images import find_images, is_images
+from headway.data.images import ImageSet, find_images, is_images
 from headway.data.rows import find_tables, is_table, read_rows
 from headway.data.sources import is_rows
 from headway.errors import ConfigError, InputError, MachineError
+from headway.families._preset import preset_family
 from headway.run_config import Data, RunConfig
 from headway.text import Tokenizer, train_tokenizer
 from headway.training.objectives import BatchSource, CausalLM, TrainingBatch, causal_evaluation, token_byte_lengths
 from headway.training.pictures import ImageBatches, patch_of
 from headway.training.recipe import Facts, Trial, random_windows
 from headway.training.tasks import Classes, ExampleBatches, Task, choose, classes_of, head_fields
+from headway.training.teaching import Teacher
 from headway.training.windows import (
     CorruptedWindows,
     check_objective,
@@ -67,7 +69,7 @@ class Material:
         sizes: (training, held-out) tokens, rows or images; `unit` says which. bytes: of the training side's text.
         source, evaluation: the batches, once model and run are settled.
         trial: a batch of the given rows for timing a step.
-        base: the published model that is trained further.
+        base: the published model that is trained further. teacher: the model that is learned from.
         prepared: both token stores of running text.
         lines: what the user should know.
     """
@@ -82,6 +84,7 @@ class Material:
     trial: Trial
     bytes: int = 0
     base: loading.Loaded | None = None
+    teacher: Teacher | None = None
     prepared: Prepared | None = None
     lines: list[str] = field(default_factory=list)
 
@@ -127,15 +130,31 @@ class _Where:
     @property
     def base(self) -> loading.Loaded | None:
         """The model that is trained further; a resumed run has its own weights, but still asks for its shape."""
-        return None if self.run.base is None else _load_base(self.run.base)
+        return None if self.run.base is None else _load_base(self.run.base, "base")
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The model that is learned from. Raises ConfigError where it cannot read the run's sequences."""
+        how = self.run.distill
+        if how is None:
+            return None
+        loaded = _load_base(how.teacher, "distill.teacher")
+        classes = loading.class_names(loaded) if hasattr(loaded.config.head, "labels") else ()
+        teacher = Teacher(how, loaded.model, loaded.tokenizer, classes, loaded.weights_sha256)
+        if loaded.config.vocab_size:
+            teacher.check_length(self.run.data.context, "data.context")
+            teacher.check_length(self.run.data.target, "data.target")
+        return teacher
 
 
-def _load_base(name: str) -> loading.Loaded:
+def _load_base(name: str, key: str) -> loading.Loaded:
     import torch
 
     from headway.checkpoints.fetch import resolve
 
-    return loading.load(resolve(name), dtype=torch.float32)
+    loaded = loading.load(resolve(name), dtype=torch.float32)
+    loading.check_pixels(loaded, key)
+    return loaded
 
 
 def read_options(data: Data) -> ReadOptions:
@@ -153,16 +172,39 @@ def default_vocab_size(size: int) -> int:
 
 
 def _tokenizer(
-    where: _Where, base: loading.Loaded | None, texts: Callable[[], Iterable[str]], size: int, objective: rc.Objective
+    where: _Where,
+    base: loading.Loaded | None,
+    teacher: Teacher | None,
+    texts: Callable[[], Iterable[str]],
+    size: int,
+    objective: rc.Objective,
 ) -> Tokenizer:
-    """The run's own when resuming, the base's, the one that is named, or a new one from the training side."""
-    run, own = where.run, where.folder / TOKENIZER
+    """The run's own when resuming, the one that is named, the base's, the teacher's, or a new one from the training
+    side. Raises ConfigError where a teacher has another."""
+    found = _given_tokenizer(where, base, teacher)
+    if found is None:
+        return _new_tokenizer(where, texts, size, objective)
+    if teacher is not None:
+        teacher.check_words(found[0], found[1])
+    return found[0]
+
+
+def _given_tokenizer(
+    where: _Where, base: loading.Loaded | None, teacher: Teacher | None
+) -> tuple[Tokenizer, str] | None:
+    """The tokenizer that need not be trained, and whose it is."""
+    named, own = where.run.tokenizer.path, where.folder / TOKENIZER
     if where.resuming and own.is_file():
-        return Tokenizer.load(own)
-    if run.tokenizer.path is not None:
-        return Tokenizer.load(run.tokenizer.path)
+        return Tokenizer.load(own), str(own)
+    if named is not None:
+        return Tokenizer.load(named), named
     if base is not None:
-        return base.words
+        return base.words, str(where.run.base)
+    return None if teacher is None or teacher.tokenizer is None else (teacher.tokenizer, teacher.how.teacher)
+
+
+def _new_tokenizer(where: _Where, texts: Callable[[], Iterable[str]], size: int, objective: rc.Objective) -> Tokenizer:
+    run = where.run
     wanted = run.tokenizer.vocab_size or default_vocab_size(size)
     tokenizer = train_tokenizer(
         texts(),
@@ -177,6 +219,22 @@ def _tokenizer(
     return tokenizer
 
 
+def _kind(where: _Where, base: loading.Loaded | None, teacher: Teacher | None) -> str | None:
+    """The model's kind as far as anybody says it: the base, a preset, the user, a teacher."""
+    said = where.run.model.get("kind")
+    if base is not None:
+        return base.config.kind
+    if where.run.preset is not None:
+        return str(preset_family(where.run.preset).fixed["kind"])
+    return said if said is not None or teacher is None else teacher.model.config.kind
+
+
+def _has_types(preset: str | None) -> bool:
+    """Whether a model of this form tells the two texts of a pair apart."""
+    keys = preset_family(preset).keys.values() if preset is not None else ()
+    return any(key.ours == "embeddings.token_types" and key.default != 1 for key in keys)
+
+
 def _special(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
     """The ids with a meaning of their own that a new model's config carries."""
     out = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad", "mask")}
@@ -188,28 +246,24 @@ def _special(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
 
 
 def _running_text(where: _Where) -> Material:
-    run, d, base = where.run, where.run.data, where.base
+    run, d, base, teacher = where.run, where.run.data, where.base, where.teacher
     corpus = open_corpus(str(d.path), d.valid_path, d.val_fraction, read_options(d))
     files = len(corpus.files)
     where.say(f"{corpus.path}: {files} file{'s' * (files != 1)}, {corpus.split}")
     size = sum(file.stat().st_size for file in (*corpus.files, *corpus.valid_files))
-    kind = base.config.kind if base is not None else str(run.model.get("kind", ""))
-    objective = run.objective or _text_objective(kind)
-    tokenizer = _tokenizer(where, base, corpus.texts, size, objective)
+    objective = run.objective or _text_objective(_kind(where, base, teacher))
+    tokenizer = _tokenizer(where, base, teacher, corpus.texts, size, objective)
     data = _tokens(where, corpus, tokenizer, d.context or 1)
     corrupt = corruption(objective, tokenizer)
     isolate = d.isolate and not isinstance(objective, rc.SpanCorruption | rc.Denoising)
     new_kind = {"causal-lm": "decoder", "masked-lm": "encoder"}.get(objective.type, "encoder-decoder")
-    fields = {"vocab_size": tokenizer.vocab_size, "kind": new_kind, "head": {"type": head_for(objective)}}
-    if new_kind != "decoder":
+    fields = {"vocab_size": _rows_of(tokenizer, teacher), "kind": new_kind, "head": {"type": head_for(objective)}}
+    if new_kind != "decoder" or run.preset is not None:
         fields["tokens"] = _special(tokenizer, new_kind)
     config = None if base is None else base.config
     if config is not None:
         check_objective(objective, config)
-    sizes = token_byte_lengths(
-        b"" if number in tokenizer.special_ids else tokenizer.token_bytes(number)
-        for number in range(tokenizer.vocab_size)
-    )
+    sizes = _byte_lengths(tokenizer)
 
     def source(model: ModelConfig, run: RunConfig) -> BatchSource:
         check_objective(objective, model)
@@ -234,7 +288,12 @@ def _running_text(where: _Where) -> Material:
     return Material(
         run.model_copy(update={"objective": objective}),
         tokenizer,
-        Facts(len(data.train.tokens), fields, base=config),
+        Facts(
+            len(data.train.tokens),
+            fields,
+            base=config,
+            longest=teacher.model.config.max_len if teacher is not None else None,
+        ),
         (len(data.train.tokens), len(data.valid.tokens)),
         "tokens",
         source,
@@ -242,9 +301,20 @@ def _running_text(where: _Where) -> Material:
         trial,
         data.train.bytes,
         base,
+        teacher,
         data,
         data.lines,
     )
+
+
+def _byte_lengths(tokenizer: Tokenizer) -> Tensor:
+    special = tokenizer.special_ids
+    return token_byte_lengths(b"" if i in special else tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
+
+
+def _rows_of(tokenizer: Tokenizer, teacher: Teacher | None) -> int:
+    """Of a new model's table; a published one may have more than its tokenizer has ids."""
+    return max(tokenizer.vocab_size, teacher.model.config.vocab_size if teacher is not None else 0)
 
 
 def _context(run: RunConfig) -> int:
@@ -252,8 +322,8 @@ def _context(run: RunConfig) -> int:
     return run.data.context
 
 
-def _text_objective(kind: str) -> rc.Objective:
-    found: dict[str, rc.Objective] = {"encoder": rc.MaskedLM(), "encoder-decoder": rc.SpanCorruption()}
+def _text_objective(kind: str | None) -> rc.Objective:
+    found: dict[str | None, rc.Objective] = {"encoder": rc.MaskedLM(), "encoder-decoder": rc.SpanCorruption()}
     return found.get(kind, rc.CausalLM())
 
 
@@ -301,17 +371,21 @@ def _both_sides(where: _Where) -> tuple[list[Example], list[Example], str, list[
 
 
 def _rows(where: _Where, form: type) -> Material:
-    run, d, base = where.run, where.run.data, where.base
-    kind = base.config.kind if base is not None else run.model.get("kind")
+    run, d, base, teacher = where.run, where.run.data, where.base, where.teacher
+    kind = _kind(where, base, teacher)
     name, task = choose(form, run.objective.type if run.objective else None, kind, str(d.path))
     objective = run.objective or RunConfig(objective=name).objective  # type: ignore[arg-type]  # a name is a tag
     assert objective is not None
     train, valid, data_hash, lines = _both_sides(where)
-    classes = classes_of(chain(train, valid), d.labels)
+    classes = classes_of(chain(train, valid), d.labels or (teacher.names if teacher is not None else ()))
+    if teacher is not None:
+        teacher.check_classes(classes.names)
     size = sum(len(text) for example in train for text in example.texts())
-    tokenizer = _tokenizer(where, base, lambda: (t for e in train for t in e.texts()), size, objective)
-    longest = d.context or (min(base.config.max_len, CONTEXT) if base is not None else CONTEXT)
-    coder = Coder(tokenizer, longest, d.target or longest, classes.names, _has_types(base))
+    tokenizer = _tokenizer(where, base, teacher, lambda: (t for e in train for t in e.texts()), size, objective)
+    readers = [one for one in (base and base.config, teacher and teacher.model.config) if one]
+    longest = d.context or min([CONTEXT, *(config.max_len for config in readers)])
+    has_types = any(config.embeddings.token_types > 1 for config in readers) or _has_types(run.preset)
+    coder = Coder(tokenizer, longest, d.target or longest, classes.names, has_types)
 
     def build(key: str) -> Sides:
         losses, both = Losses(), []
@@ -335,7 +409,8 @@ def _rows(where: _Where, form: type) -> Material:
     sides = prepare_examples(made_of, where.cache, build)
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
     batches = ExampleBatches(sides.train, task, pad), ExampleBatches(sides.valid, task, pad)
-    fields, config = _shape(task, tokenizer, classes, base, kind)
+    fields, config = _shape(task, classes, base, kind)
+    fields |= {"vocab_size": _rows_of(tokenizer, teacher), "tokens": _special(tokenizer, fields["kind"])}
     run = run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": classes.names})})
 
     def trial(model: ModelConfig, rows: int, context: int) -> Mapping[str, Tensor]:
@@ -352,12 +427,9 @@ def _rows(where: _Where, form: type) -> Material:
         trial,
         size,
         base,
+        teacher,
         lines=[*lines, *sides.lines],
     )
-
-
-def _has_types(base: loading.Loaded | None) -> bool:
-    return base is not None and base.config.embeddings.token_types > 1
 
 
 def _longest(sides: Sides, task: Task, longest: int) -> int:
@@ -374,17 +446,12 @@ def _watched(encoded: Iterable[Any], total: int, losses: Losses, progress: Progr
 
 
 def _shape(
-    task: Task, tokenizer: Tokenizer, classes: Classes, base: loading.Loaded | None, kind: str | None
+    task: Task, classes: Classes, base: loading.Loaded | None, kind: str | None
 ) -> tuple[dict[str, Any], ModelConfig | None]:
     """(what the data decides about a new model, the base's config with the head that the task needs)."""
     old = None if base is None else base.config.model_dump(mode="json")["head"]
     head = head_fields(task, classes, old)
-    new_kind = kind or task.kinds[0]
-    fields: dict[str, Any] = {
-        "vocab_size": tokenizer.vocab_size,
-        "kind": new_kind,
-        "tokens": _special(tokenizer, new_kind),
-    }
+    fields: dict[str, Any] = {"kind": kind or task.kinds[0]}
     if base is None:
         return {**fields, **({"head": head} if head is not None else {})}, None
     return fields, base.config if head is None else with_fields(base.config, head=head)
@@ -394,33 +461,66 @@ def _shape(
 
 
 def _pictures(where: _Where) -> Material:
-    run, d = where.run, where.run.data
-    if run.base is not None:
-        raise ConfigError("base", "a published model for images", "a new one", "leave out base")
-    train, valid = find_images(str(d.path), d.valid_path, d.image, d.val_fraction)
+    run, d, base, teacher = where.run, where.run.data, where.base, where.teacher
+    models = [config for config in (base and base.config, teacher and teacher.model.config) if config]
+    sides = [patch.image for patch in (config.embeddings.patch for config in models) if patch]
+    train, valid = find_images(str(d.path), d.valid_path, d.image or next(iter(sides), None), d.val_fraction)
     objective = run.objective or rc.ImageClassification()
-    if not isinstance(objective, rc.ImageClassification):
-        raise ConfigError("objective", f"{objective.type} for images ({d.path})", "image-classification")
+    if not isinstance(objective, rc.ImageClassification | rc.MaskedPatches):
+        found = f"{objective.type} for images ({d.path})"
+        raise ConfigError("objective", found, "image-classification or masked-patches")
+    names = train.names if isinstance(objective, rc.ImageClassification) else ()
+    if teacher is not None:
+        teacher.check_classes(names)
     where.say(f"{d.path}: {len(train.labels):,} images to train on, {len(valid.labels):,} held out")
-    batches = ImageBatches(train, objective), ImageBatches(valid, objective)
-    _, channels, side, _ = train.pixels.shape
-    patch = d.patch or patch_of(side)
-    fields = {
-        "kind": "vision",
-        "vocab_size": 0,
-        "positions": "learned",
-        "max_len": (side // patch) ** 2,
-        "embeddings": {"patch": {"size": patch, "image": side, "channels": channels, "first_token": False}},
-        "head": {"type": "image-classification", "labels": len(train.names), "pooling": "mean"},
-    }
-    positions = (side // patch) ** 2
+    fields, config = _seeing(where, base, train, objective, len(names))
+    patch = Patch(**fields["embeddings"]["patch"]) if config is None else config.embeddings.patch
+    assert patch is not None
+
+    def batches(side: ImageSet, model: ModelConfig) -> ImageBatches:
+        return ImageBatches(side, objective, (model.embeddings.patch or patch).size)
+
     return Material(
-        run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": train.names})}),
+        run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": names})}),
         None,
-        Facts(len(train.labels) * positions, fields, len(train.labels), positions),
+        Facts(len(train.labels) * patch.count, fields, len(train.labels), patch.count, config),
         (len(train.labels), len(valid.labels)),
         "images",
-        lambda model, run: batches[0].shuffled(run.train.batch_size or 1, run.train.seed),
-        lambda model, run: batches[1].in_order(run.train.batch_size or 1, run.train.eval_rows),
-        lambda model, rows, context: batches[0].shuffled(rows, 0).batch(0).inputs,
+        lambda model, run: batches(train, model).shuffled(run.train.batch_size or 1, run.train.seed),
+        lambda model, run: batches(valid, model).in_order(run.train.batch_size or 1, run.train.eval_rows),
+        lambda model, rows, context: batches(train, model).shuffled(rows, 0).batch(0).inputs,
+        base=base,
+        teacher=teacher,
     )
+
+
+def _seeing(
+    where: _Where,
+    base: loading.Loaded | None,
+    images: ImageSet,
+    objective: rc.ImageClassification | rc.MaskedPatches,
+    labels: int,
+) -> tuple[dict[str, Any], ModelConfig | None]:
+    """(what the images decide about a new model, the base's config with the head that the objective needs).
+
+    Raises ConfigError for a base that sees other images.
+    """
+    _, channels, side, _ = images.pixels.shape
+    is_class = isinstance(objective, rc.ImageClassification)
+    head: dict[str, Any] = {"type": objective.type, **({"labels": labels, "pooling": "mean"} if is_class else {})}
+    if base is None:
+        size = where.run.data.patch or patch_of(side)
+        patch = {"size": size, "image": side, "channels": channels, "first_token": False}
+        vision = {"kind": "vision", "vocab_size": 0, "positions": "learned", "max_len": (side // size) ** 2}
+        return {**vision, "embeddings": {"patch": patch}, "head": head}, None
+    known, old = base.config.embeddings.patch, base.config.head
+    name, found = str(where.run.base), f"images of {channels} x {side} x {side}"
+    if known is None:
+        raise ConfigError("base and data.path", f"{name} of kind {base.config.kind} for {found}", "a vision model")
+    if (known.channels, known.image) != (channels, side) or where.run.data.patch not in (None, known.size):
+        sees = f"{known.channels} x {known.image} x {known.image} in patches of {known.size}"
+        fix = "leave out data.patch and data.image, or another base"
+        raise ConfigError("base and data", f"{found} for {name}, which sees {sees}", "images of that size", fix)
+    if is_class:
+        head["pooling"] = getattr(old, "pooling", "first" if known.first_token else "mean")
+    return {}, with_fields(base.config, head=head)

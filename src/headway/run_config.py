@@ -136,6 +136,15 @@ class ImageClassification(Frozen):
     flip: bool = True
 
 
+class MaskedPatches(Frozen):
+    """Pixels of hidden patches, `rate` of each image; no labels are used (SimMIM, arXiv:2111.09886)."""
+
+    type: Literal["masked-patches"] = "masked-patches"
+    rate: Share = 0.6
+    shift: Count = 2
+    flip: bool = True
+
+
 Objective = Annotated[
     CausalLM
     | MaskedLM
@@ -146,10 +155,23 @@ Objective = Annotated[
     | TokenClassification
     | Span
     | Contrastive
-    | ImageClassification,
+    | ImageClassification
+    | MaskedPatches,
     Field(discriminator="type"),
     BeforeValidator(as_tagged),
 ]
+
+
+class Distill(Frozen):
+    """Learn from a teacher's answers besides the labels (arXiv:1503.02531).
+
+    `teacher` is a path or name as `headway.load` takes it; `weight` is its share of the loss, that of the labels is
+    what is left; both sides' logits are divided by `temperature`.
+    """
+
+    teacher: str
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    temperature: PositiveReal = 2.0
 
 
 class TokenizerConfig(Frozen):
@@ -248,6 +270,13 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: "leave out base",
     ),
     Rule(
+        ("base", "preset"),
+        lambda r: r.base is not None and r.preset is not None,
+        lambda r: f"a model to train further ({r.base}) and the form of a new one ({r.preset})",
+        "one of the two",
+        lambda r: "leave out preset",
+    ),
+    Rule(
         ("tokenizer.path", "tokenizer.kind"),
         lambda r: r.tokenizer.path is not None and r.tokenizer.kind is not None,
         lambda r: f"a tokenizer to load ({r.tokenizer.path}) and one to train ({r.tokenizer.kind})",
@@ -268,7 +297,8 @@ class RunConfig(Checked):
     """Everything that decides what a run does.
 
     `model` holds ModelConfig's fields, or the one dial `depth`. `objective` None is what the data's form asks for.
-    `base` is a model to train further: a path or name as `headway.load` takes it.
+    `base` is a model to train further: a path or name as `headway.load` takes it; `distill` names one to learn from.
+    `preset` is a family of published models whose form a new model has, `gpt2` or `llama`.
     """
 
     model: dict[str, Any] = Field(default_factory=dict)
@@ -277,6 +307,8 @@ class RunConfig(Checked):
     train: Train = Train()
     objective: Objective | None = None
     base: str | None = None
+    distill: Distill | None = None
+    preset: str | None = None
     budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None
 

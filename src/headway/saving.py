@@ -22,13 +22,12 @@ from headway.errors import ConfigError
 from headway.families import Family, families
 from headway.families._gguf import dialect
 from headway.families._translate import plan, write_config
-from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, Loaded
+from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, PREPROCESSOR, Loaded
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
 
 FORMS = ("hf", "gguf", "headway")
-PREPROCESSOR = "preprocessor_config.json"
 MAX_KEPT = 1 << 24
 
 

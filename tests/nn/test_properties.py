@@ -306,6 +306,9 @@ def labels_of(config: cfg.ModelConfig, logits: Tensor) -> Tensor:
             return torch.randint(2, logits.shape, generator=generator)
         case cfg.SequenceClassification(problem="regression"):
             return torch.randn(len(logits), generator=generator)
+        case cfg.MaskedPatches():
+            hidden = torch.arange(logits.shape[1])[:, None] % 2 == 0
+            return torch.randn(logits.shape, generator=generator).where(hidden, -100.0)
     return torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
 
 

@@ -16,6 +16,7 @@ from headway.config import with_fields
 from headway.launch import Launch, train
 from headway.nn import Transformer
 from headway.nn.heads import EmbeddingHead
+from headway.nn.model import Teaching
 from headway.training.gradients import backward
 from headway.training.objectives import TrainingBatch
 from headway.training.parallel import Parallel
@@ -53,6 +54,20 @@ def test_passes_give_the_gradient_of_the_whole_batch(tmp_path: Path, name: str) 
     model, batch = made(tmp_path, name)
     loss, whole = gradients(model, batch.split(1))
     assert any(g.abs().max() > 1e-6 for g in whole.values())
+    for parts in (2, 3, 8):
+        again, cut = gradients(model, batch.split(parts))
+        assert again == pytest.approx(loss, abs=1e-10)
+        for key, gradient in whole.items():
+            assert (cut[key] - gradient).abs().max() <= 1e-10, (parts, key)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("a number", "contrastive")])
+def test_passes_give_the_gradient_of_the_whole_batch_with_a_teacher(tmp_path: Path, name: str) -> None:
+    model, batch = made(tmp_path, name)
+    plain, _ = gradients(model, batch.split(1))
+    model.teaching = Teaching(Transformer(model.config).double().eval().requires_grad_(False), 0.7, 2.0)
+    loss, whole = gradients(model, batch.split(1))
+    assert abs(loss - plain) > 1e-6
     for parts in (2, 3, 8):
         again, cut = gradients(model, batch.split(parts))
         assert again == pytest.approx(loss, abs=1e-10)

@@ -88,7 +88,8 @@ class Display:
                 self.say(eval_line(event))
             case Plan():
                 # A class or a number per row is no token.
-                self._unit = "tok" if event.model.head.type in _TOKEN_HEADS else f" {event.material.unit}"
+                unit = " pixels" if event.model.head.type == "masked-patches" else f" {event.material.unit}"
+                self._unit = "tok" if event.model.head.type in _TOKEN_HEADS else unit
                 for line in event.lines():
                     self.say(line)
             case Started():

@@ -69,7 +69,8 @@ def rows_of(
 def _lines(row: Mapping[str, Tensor], tokenizer: Tokenizer | None, classes: Sequence[str], shifted: bool) -> list[Line]:
     labels = row["labels"]
     if tokenizer is None or "input_ids" not in row:
-        return [Line(f"image {tuple(row['pixel_values'].shape)}: {_name(labels, classes)}", [])]
+        hidden = f"{int((labels[:, 0] >= -1).sum())} of {len(labels)} patches hidden" if labels.ndim == 2 else ""
+        return [Line(f"image {tuple(row['pixel_values'].shape)}: {hidden or _name(labels, classes)}", [])]
     ids, mask = row["input_ids"], row.get("attention_mask")
     count = len(ids) if mask is None else int(mask.sum())
     documents = row.get("documents")

@@ -189,6 +189,8 @@ def _next(printer: Printer, done: RunResult) -> None:
         printer.say(f"next: headway generate {folder} --prompt 'The'")
     elif objective is not None and objective.type == "masked-lm":
         printer.say(f"next: headway generate {folder} --fill-mask, or headway train base={folder} data.path=ROWS")
+    elif config.head.type == "masked-patches":
+        printer.say(f"next: headway train base={folder} data.path=IMAGES")
     else:
         printer.say(f"next: headway eval {folder} --data FILE")
 

@@ -23,7 +23,8 @@ class Embeddings(nn.Module):
         shape = config.embeddings
         width = shape.width or config.d_model
         self.positions, self.width, self.scale = config.positions, width, shape.scale
-        self.patches = Patches(config.d_model, shape.patch) if shape.patch else None
+        hides = config.head.type == "masked-patches"
+        self.patches = Patches(config.d_model, shape.patch, hides=hides) if shape.patch else None
         self.audio = Sound(config.d_model, shape.audio) if shape.audio and not is_decoder else None
         self.tokens = tokens
         if tokens is None and self.audio is None and config.vocab_size:
@@ -36,14 +37,17 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.project = nn.Linear(width, config.d_model) if shape.width else nn.Identity()
 
-    def forward(self, positions: Tensor, inputs: Tensor, token_types: Tensor | None = None) -> Tensor:
+    def forward(
+        self, positions: Tensor, inputs: Tensor, token_types: Tensor | None = None, hidden_BP: Tensor | None = None
+    ) -> Tensor:
         """Embed `inputs` standing at `positions` (B|1, T).
 
-        `inputs`: ids (B, T), pixels (B, C, height, width) or a spectrogram (B, bins, frames).
+        `inputs`: ids (B, T), pixels (B, C, height, width) or a spectrogram (B, bins, frames). `hidden_BP`: the patches
+        that are not to be seen.
         """
         front = {2: self.tokens, 3: self.audio, 4: self.patches}[inputs.ndim]
         assert front is not None
-        x_BTD: Tensor = front(inputs)
+        x_BTD: Tensor = front(inputs) if hidden_BP is None else front(inputs, hidden_BP)
         if self.scale != 1.0:
             x_BTD = x_BTD * self.scale
         if isinstance(self.positions, Sinusoidal):
@@ -56,20 +60,30 @@ class Embeddings(nn.Module):
         return out
 
 
-class Patches(nn.Module):
-    """An image as a sequence: each size x size patch is one linear projection (arXiv:2010.11929, equation 1)."""
+def cut(pixels_BCYX: Tensor, size: int) -> Tensor:
+    """An image as its size x size patches in reading order. (B, C, height, width) -> (B, patches, C size^2)."""
+    return F.unfold(pixels_BCYX, size, stride=size).transpose(1, 2)
 
-    def __init__(self, d_model: int, config: Patch) -> None:
+
+class Patches(nn.Module):
+    """An image as a sequence: each size x size patch is one linear projection (arXiv:2010.11929, equation 1).
+
+    With `hides` a learned vector can stand for a patch (arXiv:2111.09886, section 3.2).
+    """
+
+    def __init__(self, d_model: int, config: Patch, *, hides: bool = False) -> None:
         super().__init__()
         self.size = config.size
-        self.project = nn.Linear(config.channels * config.size**2, d_model, bias=config.bias)
+        self.project = nn.Linear(config.pixels, d_model, bias=config.bias)
+        self.mask = nn.Parameter(torch.zeros(d_model)) if hides else None
         self.first = nn.Parameter(torch.zeros(d_model)) if config.first_token else None
         self.registers = nn.Parameter(torch.zeros(config.registers, d_model)) if config.registers else None
 
-    def forward(self, pixels_BCYX: Tensor) -> Tensor:
+    def forward(self, pixels_BCYX: Tensor, hidden_BP: Tensor | None = None) -> Tensor:
         """(B, C, image, image) -> (B, extra + patches, D): the learned vectors, then the patches in reading order."""
-        patches = F.unfold(pixels_BCYX, self.size, stride=self.size).transpose(1, 2)
-        x_BTD: Tensor = self.project(patches)
+        x_BTD: Tensor = self.project(cut(pixels_BCYX, self.size))
+        if hidden_BP is not None and self.mask is not None:
+            x_BTD = torch.where(hidden_BP[..., None], self.mask.to(x_BTD.dtype), x_BTD)
         learned = [part for part in (self.first, self.registers) if part is not None]
         if learned:
             front = torch.cat([part.view(-1, part.shape[-1]) for part in learned])

@@ -1,11 +1,13 @@
 """From hidden states to answers, and from answers and labels to a loss: one head per task.
 
 Labels: ids (B, T) for language modelling and token classification, class indices or (B, labels) for classification,
-(B, 2) start and end for spans, group numbers (B,) for embeddings (equal number: a positive pair). -100 is ignored;
+(B, 2) start and end for spans, group numbers (B,) for embeddings (equal number: a positive pair), the pixels of hidden
+patches (B, patches, pixels), which also say by -100 which patches the model may see. -100 is ignored;
 when every label is ignored the loss is zero with zero gradients, never NaN.
 
 The logits of a vocabulary are the largest thing in a training step: V numbers per position where a block keeps some
-tens of D. `loss_of` therefore goes from hidden states to the loss without holding more than a piece of them.
+tens of D. `loss_of` therefore goes from hidden states to the loss without holding more than a piece of them, nor of
+those of a teacher.
 """
 
 from __future__ import annotations
@@ -35,16 +37,46 @@ Wanted = tuple[bool, ...]  # whether gradients by states, weight and bias are as
 LOGIT_BYTES = 1 << 25
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+class Soft(NamedTuple):
+    """A teacher's answers beside the labels (arXiv:1503.02531, section 2), T the temperature: the loss per label is
+
+    (1 - weight) cross-entropy + weight T^2 KL(softmax(teacher / T) || softmax(student / T)).
+
+    `logits(rows)` are the teacher's at these rows of the student's.
+    """
+
+    logits: Callable[[slice], Tensor]
+    weight: float
+    temperature: float
+
+    def shaped(self, change: Callable[[Tensor], Tensor]) -> Soft:
+        """The same with logits in another form, row by row."""
+        return self._replace(logits=lambda rows: change(self.logits(rows)))
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) per row; what p says cannot be adds nothing, whatever q says of it. (M, V), (M, V) -> (M,)."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, z_loss: float = 0.0, soft: Soft | None = None
+) -> Tensor:
     """Mean negative log-likelihood over labels that are not -100; zero when there are none.
 
     (..., V) float, (...) int64 -> scalar. Computed in float32 or wider. `smoothing` shares out so much of the target
     over all classes (arXiv:1512.00567); `z_loss` is the weight of log^2 Z, Z the sum of the exponentials, which keeps
-    logits from drifting (arXiv:2204.02311, section 5).
+    logits from drifting (arXiv:2204.02311, section 5); `soft` is what a teacher says.
     """
     flat = wide(logits.flatten(0, -2))
     known = labels.flatten() != IGNORED
     total = F.cross_entropy(flat, labels.flatten(), reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing)
+    if soft is not None:
+        with torch.no_grad():
+            taught = torch.log_softmax(wide(soft.logits(slice(None)).flatten(0, -2)) / soft.temperature, -1)
+        apart = divergence(taught, torch.log_softmax(flat / soft.temperature, -1)).masked_fill(~known, 0.0).sum()
+        total = (1 - soft.weight) * total + soft.weight * soft.temperature**2 * apart
     if z_loss:
         total = total + z_loss * flat.logsumexp(-1).square().masked_fill(~known, 0.0).sum()
     return total / known.sum().clamp(min=1)
@@ -59,7 +91,12 @@ class Entropy(NamedTuple):
 
 
 def linear_cross_entropy(
-    states_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_M: Tensor, how: Entropy | None = None
+    states_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_M: Tensor,
+    how: Entropy | None = None,
+    soft: Soft | None = None,
 ) -> Tensor:
     """`cross_entropy` of the logits `states weight^T + bias`, of which LOGIT_BYTES are in memory at a time.
 
@@ -71,9 +108,9 @@ def linear_cross_entropy(
     inputs = (states_MD, weight_VD, bias_V)
     wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     if not any(wanted):
-        total, _ = _in_pieces(states_MD, weight_VD, bias_V, labels_M, how or Entropy(), wanted)
+        total, _ = _in_pieces(*inputs, labels_M, how or Entropy(), wanted, soft)
         return total / max(len(labels_M), 1)
-    loss: Tensor = apply(_LinearCrossEntropy, *inputs, labels_M, how or Entropy(), wanted)
+    loss: Tensor = apply(_LinearCrossEntropy, *inputs, labels_M, how or Entropy(), wanted, soft)
     return loss
 
 
@@ -82,9 +119,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: Entropy, wanted: Wanted
+        ctx: Context,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        how: Entropy,
+        wanted: Wanted,
+        soft: Soft | None,
     ) -> Tensor:
-        total, ctx.gradients = _in_pieces(states, weight, bias, labels, how, wanted)
+        total, ctx.gradients = _in_pieces(states, weight, bias, labels, how, wanted, soft)
         count = max(len(labels), 1)
         ctx.count, ctx.dtypes = count, [None if x is None else x.dtype for x in (states, weight, bias)]
         return total / count
@@ -97,11 +141,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         share = slope / ctx.count
         out = (None if g is None else g.mul_(share).to(t) for g, t in zip(gradients, ctx.dtypes, strict=True))
-        return (*out, None, None, None)
+        return (*out, None, None, None, None)
 
 
 def _in_pieces(
-    states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: Entropy, wanted: Wanted
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    how: Entropy,
+    wanted: Wanted,
+    soft: Soft | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The summed loss, and its gradients by states, weight and bias where wanted."""
     device = states.device.type
@@ -120,7 +170,7 @@ def _in_pieces(
         rows = max(LOGIT_BYTES // (len(weight) * total.element_size()), 1)
         for begin in range(0, len(labels), rows):
             piece = slice(begin, begin + rows)
-            loss, slope = _loss_and_slope(wide(F.linear(x[piece], w, b)), labels[piece], how, any(wanted))
+            loss, slope = _loss_and_slope(wide(F.linear(x[piece], w, b)), labels[piece], how, any(wanted), soft, piece)
             total += loss
             if slope is None:
                 continue
@@ -136,16 +186,25 @@ def _in_pieces(
     return total, (d_states, d_weight, d_bias)
 
 
-def _loss_and_slope(logits: Tensor, labels: Tensor, how: Entropy, sloped: bool) -> tuple[Tensor, Tensor | None]:
+def _loss_and_slope(
+    logits: Tensor, labels: Tensor, how: Entropy, sloped: bool, soft: Soft | None, rows: slice
+) -> tuple[Tensor, Tensor | None]:
     """The summed loss of some rows and its gradient by their logits: softmax, less the target, and log^2 Z's.
 
-    log Z gives (1 + 2 z log Z) softmax; the smoothed target is 1 - s at the label and s / V everywhere.
+    log Z gives (1 + 2 z log Z) softmax; the smoothed target is 1 - s at the label and s / V everywhere. A teacher's
+    share w adds w T (softmax(x / T) - softmax(teacher / T)) and leaves 1 - w of the labels'.
     """
     capped = logits if how.softcap is None else how.softcap * torch.tanh(logits / how.softcap)
     log_p, chosen = torch.log_softmax(capped, -1), labels[:, None]
-    loss = -(1 - how.smoothing) * log_p.gather(1, chosen).sum()
+    hard, T = (1.0, 1.0) if soft is None else (1 - soft.weight, soft.temperature)
+    loss = -hard * (1 - how.smoothing) * log_p.gather(1, chosen).sum()
     if how.smoothing:
-        loss = loss - how.smoothing * log_p.mean(-1).sum()
+        loss = loss - hard * how.smoothing * log_p.mean(-1).sum()
+    taught, said = None, log_p
+    if soft is not None:
+        taught = torch.log_softmax(wide(soft.logits(rows)) / T, -1)
+        said = torch.log_softmax(capped / T, -1)
+        loss = loss + soft.weight * T**2 * divergence(taught, said).sum()
     log_z = torch.logsumexp(capped, -1) if how.z_loss else None
     if log_z is not None:
         loss = loss + how.z_loss * log_z.square().sum()
@@ -153,10 +212,14 @@ def _loss_and_slope(logits: Tensor, labels: Tensor, how: Entropy, sloped: bool) 
         return loss, None
     slope = log_p.exp_()
     if log_z is not None:
-        slope *= (1 + 2 * how.z_loss * log_z)[:, None]
+        slope *= (hard + 2 * how.z_loss * log_z)[:, None]
+    elif soft is not None:
+        slope *= hard
     if how.smoothing:
-        slope -= how.smoothing / logits.shape[-1]
-    slope.scatter_add_(1, chosen, torch.full_like(chosen, -(1 - how.smoothing), dtype=slope.dtype))
+        slope -= hard * how.smoothing / logits.shape[-1]
+    slope.scatter_add_(1, chosen, torch.full_like(chosen, -hard * (1 - how.smoothing), dtype=slope.dtype))
+    if soft is not None and taught is not None:
+        slope += (said.exp_() - taught.exp_()) * (soft.weight * T)
     if how.softcap is not None:
         slope *= 1 - (capped / how.softcap).square()
     return loss, slope
@@ -172,13 +235,33 @@ class Head(nn.Module):
         """What its cross-entropy does at the moment besides."""
         return Entropy(self.smoothing, self.z_loss) if self.training else Entropy()
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, soft: Soft | None = None) -> Tensor:
         """Cross-entropy; labels already stand where they are predicted (the data shifts them, not the model)."""
-        return cross_entropy(logits, labels, self.entropy.smoothing, self.entropy.z_loss)
+        return cross_entropy(logits, labels, self.entropy.smoothing, self.entropy.z_loss, soft)
 
-    def loss_of(self, hidden_BTD: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
+    def loss_of(self, hidden_BTD: Tensor, real: Tensor | None, labels: Tensor, taught: Taught | None = None) -> Tensor:
         """The loss of the answer to these states, for those who do not need the answer itself."""
-        return self.loss(self(hidden_BTD, real), labels)
+        return self.loss(self(hidden_BTD, real), labels, None if taught is None else taught.soft())
+
+    def answers(self, hidden_BTD: Tensor, real: Tensor | None, places: Tensor | None) -> Callable[[slice], Tensor]:
+        """The logits piece by piece; of a vocabulary only those at `places` (M,) of the B T positions, None for all."""
+        logits: Tensor = self(hidden_BTD, real)
+        return lambda rows: logits[rows]
+
+
+class Taught(NamedTuple):
+    """What a teacher makes of the same inputs: its states, the head that reads them, and how much its answers count."""
+
+    head: Head
+    hidden: Tensor
+    real: Tensor | None
+    weight: float
+    temperature: float
+
+    def soft(self, places: Tensor | None = None) -> Soft:
+        """Its answers where labels stand."""
+        with torch.no_grad():
+            return Soft(self.head.answers(self.hidden, self.real, places), self.weight, self.temperature)
 
 
 def pool(hidden_BTD: Tensor, real: Tensor | None, how: Literal["first", "last", "mean"]) -> Tensor:
@@ -258,10 +341,26 @@ class LanguageModelHead(Head):
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, V)."""
-        logits: Tensor = self.output(self._read(hidden_BTD))
+        return self._answer(self._read(hidden_BTD))
+
+    def _answer(self, read: Tensor) -> Tensor:
+        logits: Tensor = self.output(read)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def loss_of(self, hidden_BTD: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
+    def answers(self, hidden_BTD: Tensor, real: Tensor | None, places: Tensor | None) -> Callable[[slice], Tensor]:
+        """See Head; each piece is made when it is asked for, in the precision that holds now."""
+        states = hidden_BTD.flatten(0, -2)
+        read = self._read(states if places is None else states[places])
+        device = states.device.type
+        dtype, lowers = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def piece(rows: slice) -> Tensor:
+            with torch.autocast(device, dtype, enabled=lowers):
+                return self._answer(read[rows])
+
+        return piece
+
+    def loss_of(self, hidden_BTD: Tensor, real: Tensor | None, labels: Tensor, taught: Taught | None = None) -> Tensor:
         """The same as `loss(head(hidden), labels)` up to the order of sums; positions without a label cost nothing.
 
         The logits are never all in memory, see linear_cross_entropy; unless another layer than a plain linear one,
@@ -269,12 +368,14 @@ class LanguageModelHead(Head):
         """
         states, targets = hidden_BTD.flatten(0, -2), labels.flatten()
         known = (targets != IGNORED).nonzero()[:, 0]
-        if len(known) < len(targets):
-            states, targets = states[known], targets[known]
+        places = known if len(known) < len(targets) else None
+        soft = None if taught is None else taught.soft(places)
+        if places is not None:
+            states, targets = states[places], targets[places]
         if type(self.output) is not nn.Linear:
-            return self.loss(self(states, None), targets)
+            return self.loss(self(states, None), targets, soft)
         how = self.entropy._replace(softcap=self.softcap)
-        return linear_cross_entropy(self._read(states), self.output.weight, self.output.bias, targets, how)
+        return linear_cross_entropy(self._read(states), self.output.weight, self.output.bias, targets, how, soft)
 
     def _read(self, hidden: Tensor) -> Tensor:
         """What the output layer multiplies. (..., D) -> (..., width of the table)."""
@@ -304,15 +405,27 @@ class ClassificationHead(Head):
         logits: Tensor = self.output(hidden_BTD if self.pool is None else self.pool(hidden_BTD, real))
         return logits
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, soft: Soft | None = None) -> Tensor:
         """Cross-entropy, binary cross-entropy (multi) or mean squared error (regression)."""
         if self.problem == "single":
-            return super().loss(logits, labels)
+            return super().loss(logits, labels, soft)
+        if self.problem == "multi":
+            return cross_entropy(_yes_or_no(logits), labels.long(), soft=soft and soft.shaped(_yes_or_no))
+        _no_classes(soft)
         logits = wide(logits)
         known, targets = (labels != IGNORED).view_as(logits), labels.to(logits.dtype).view_as(logits)
-        loss = F.binary_cross_entropy_with_logits if self.problem == "multi" else F.mse_loss
-        each = loss(logits, targets.where(known, 0.0), reduction="none")
+        each = F.mse_loss(logits, targets.where(known, 0.0), reduction="none")
         return each.where(known, 0.0).sum() / known.sum().clamp(min=1)
+
+
+def _yes_or_no(logits: Tensor) -> Tensor:
+    """A logit as two whose softmax is its sigmoid. (B, labels) -> (B, labels, 2)."""
+    return torch.stack((torch.zeros_like(logits), logits), -1)
+
+
+def _no_classes(soft: Soft | None) -> None:
+    if soft is not None:
+        raise BugError("loss", "a teacher", "a head that scores a vocabulary or classes")
 
 
 class SpanHead(Head):
@@ -327,9 +440,9 @@ class SpanHead(Head):
         logits: Tensor = self.output(hidden_BTD)
         return logits if real is None else logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, soft: Soft | None = None) -> Tensor:
         """Mean of the cross-entropies of start and end, never smoothed: padding must get no mass. Labels (B, 2)."""
-        return cross_entropy(logits.transpose(1, 2), labels)
+        return cross_entropy(logits.transpose(1, 2), labels, soft=soft and soft.shaped(lambda x: x.transpose(1, 2)))
 
 
 class EmbeddingHead(Head):
@@ -347,8 +460,9 @@ class EmbeddingHead(Head):
         vectors: Tensor = self.project(self.pool(hidden_BTD, real))
         return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, soft: Soft | None = None) -> Tensor:
         """Each row must find the other rows of its group among the batch."""
+        _no_classes(soft)
         unit = F.normalize(wide(logits), dim=-1)
         scores = unit @ unit.T / self.head.temperature
         itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
@@ -358,7 +472,30 @@ class EmbeddingHead(Head):
         return found.sum() / positive.any(-1).sum().clamp(min=1)
 
 
-AnyHead = LanguageModelHead | ClassificationHead | SpanHead | EmbeddingHead
+class PatchHead(Head):
+    """The pixels of every patch (SimMIM, arXiv:2111.09886, sections 3.4 and 3.5)."""
+
+    def __init__(self, config: cfg.ModelConfig) -> None:
+        super().__init__()
+        patch = config.embeddings.patch
+        assert patch is not None
+        self.extra = patch.extra
+        self.output = nn.Linear(config.d_model, patch.pixels)
+
+    def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, D) -> (B, patches, pixels)."""
+        pixels: Tensor = self.output(hidden_BTD[:, self.extra :])
+        return pixels
+
+    def loss(self, logits: Tensor, labels: Tensor, soft: Soft | None = None) -> Tensor:
+        """The mean distance of a hidden pixel's value; what was seen does not count."""
+        _no_classes(soft)
+        known = labels != IGNORED
+        each = (wide(logits) - labels).abs()
+        return each.where(known, 0.0).sum() / known.sum().clamp(min=1)
+
+
+AnyHead = LanguageModelHead | ClassificationHead | SpanHead | EmbeddingHead | PatchHead
 
 
 def make_head(config: cfg.ModelConfig) -> AnyHead:
@@ -370,5 +507,7 @@ def make_head(config: cfg.ModelConfig) -> AnyHead:
             return ClassificationHead(config, head)
         case cfg.PooledEmbedding() as head:
             return EmbeddingHead(config, head)
+        case cfg.MaskedPatches():
+            return PatchHead(config)
         case _:
             return SpanHead(config)

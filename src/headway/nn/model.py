@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from headway.errors import BugError, ConfigError, InputError
 from headway.nn.cache import Cache
 from headway.nn.embeddings import Embeddings
 from headway.nn.feed_forward import MixtureOfExperts
-from headway.nn.heads import IGNORED, LanguageModelHead, make_head, pool
+from headway.nn.heads import IGNORED, LanguageModelHead, Taught, make_head, pool
 from headway.nn.init import Unfilled, initialize
 from headway.nn.masks import Sight
 from headway.nn.packed import Packed, pack_leaf
@@ -38,8 +38,18 @@ class States(NamedTuple):
     encoded: Tensor | None = None
 
 
+class Teaching(NamedTuple):
+    """A frozen model in evaluation mode whose answers are `weight` of the training loss (arXiv:1503.02531)."""
+
+    model: Transformer
+    weight: float = 0.5
+    temperature: float = 2.0
+
+
 class Transformer(nn.Module):
     """A model of any kind, initialised by `config.init`.
+
+    `teaching` is set by the training loop; it acts in `loss` while the model trains, and is no part of its state.
 
     Raises:
         ConfigError: from the config, before any memory is taken.
@@ -48,6 +58,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.teaching: Teaching | None = None
         self.is_pair = config.kind == "encoder-decoder"
         self.embeddings = Embeddings(config)
         # The two sides read one vocabulary; positions and norms are each side's own.
@@ -121,7 +132,8 @@ class Transformer(nn.Module):
             decoder_input_ids, decoder_attention_mask: (B, T) of an encoder-decoder; ids default to labels shifted
                 right behind `tokens.decoder_start` (teacher forcing).
             pixel_values: (B, C, height, width) for vision. input_features: (B, bins, frames) for audio.
-            labels: see heads.py. For language models they already stand where they are predicted.
+            labels: see heads.py. For language models they already stand where they are predicted; for masked patches
+                the model sees only those patches that have none.
             cache: from `new_cache`; remembers what it has seen.
         """
         hidden, real, encoded = self._states(
@@ -144,14 +156,22 @@ class Transformer(nn.Module):
         """The loss alone: `forward(labels=labels, **inputs).loss` up to the order of sums, for less memory and work.
 
         A head over a vocabulary never holds the logits of the whole batch then, and positions whose label is -100 do
-        not reach it (heads.LanguageModelHead.loss_of). Hooks on the whole model are not called.
+        not reach it (heads.LanguageModelHead.loss_of); `teaching` counts here alone. Hooks on the whole model are not
+        called.
 
         Args:
             labels: see heads.py. inputs: those of `forward`, by name.
         """
         signals = [inputs.pop(name) for name in ("pixel_values", "input_features") if name in inputs]
-        hidden, real, _ = self._states(**inputs, signal=signals[0] if signals else None, labels=labels, cache=None)
-        return self._balanced(self.head.loss_of(hidden, real, labels))
+        given: dict[str, Any] = {**inputs, "labels": labels, **({"signal": signals[0]} if signals else {})}
+        hidden, real, _ = self._states(**given)
+        taught = None
+        if self.teaching is not None and self.training:
+            teacher, weight, temperature = self.teaching
+            with torch.no_grad():
+                known = teacher._states(**given)
+            taught = Taught(teacher.head, known.hidden, known.real, weight, temperature)
+        return self._balanced(self.head.loss_of(hidden, real, labels, taught))
 
     def _states(
         self,
@@ -171,14 +191,16 @@ class Transformer(nn.Module):
         if not self.is_pair:
             stack = self.decoder if self.decoder is not None else self.encoder
             assert stack is not None
-            return States(self._run(stack, self._check(inputs), real, documents, token_types, cache), real)
+            hides = labels is not None and self.config.head.type == "masked-patches"
+            hidden_BP = labels[..., 0] != IGNORED if labels is not None and hides else None
+            return States(self._run(stack, self._check(inputs), real, documents, token_types, cache, hidden_BP), real)
         assert self.encoder is not None and self.decoder is not None
         encoded, encoder_real = self._encode(inputs, real, documents, cache)
         if decoder_input_ids is None:
             decoder_input_ids = self._shift(labels)
         decoder_real = None if decoder_attention_mask is None else decoder_attention_mask.bool()
         ids = self._check(decoder_input_ids)
-        hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, encoded, encoder_real)
+        hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, None, encoded, encoder_real)
         return States(hidden, decoder_real, encoded)
 
     def new_cache(self, batch: int, max_len: int, lengths: Tensor | None = None) -> Cache:
@@ -214,13 +236,14 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         token_types: Tensor | None,
         cache: Cache | None,
+        hidden_BP: Tensor | None = None,
         encoder_BSD: Tensor | None = None,
         encoder_real: Tensor | None = None,
     ) -> Tensor:
         """Embed and pass through one stack."""
         sight = self._sight(inputs, real, documents, cache)
         embeddings = self.embeddings if stack is not self.decoder else self.decoder_embeddings or self.embeddings
-        x_BTD = embeddings(sight.q_positions, inputs, token_types)
+        x_BTD = embeddings(sight.q_positions, inputs, token_types, hidden_BP)
         out: Tensor = stack(x_BTD, sight, cache, encoder_BSD, encoder_real)
         return out
 

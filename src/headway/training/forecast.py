@@ -140,7 +140,8 @@ def forecast(
 
     Args:
         config, train, context: of the run, nothing open. trial: batches as the run will see them.
-        clock: seconds of a step. tokens: positions of one pass over the data. resident: bytes of the process as it is.
+        clock: seconds of a step, a teacher's part in it included. tokens: positions of one pass over the data.
+        resident: bytes of the process as it is, a teacher's weights among them: it keeps nothing for a backward pass.
     """
     assert train.steps is not None and train.batch_size is not None
     device = torch.device("cpu" if train.device == "auto" and not torch.cuda.is_available() else train.device)

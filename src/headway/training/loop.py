@@ -60,6 +60,7 @@ from headway.training.plot import write_loss_curve
 from headway.training.resume import Optimizer, Progress, RunState
 from headway.training.schedules import scale
 from headway.training.signals import StopSignals
+from headway.training.teaching import Teacher, check_teaching
 from headway.training.throughput import Meter, memory_reader
 from headway.training.world import ALONE, World
 
@@ -102,8 +103,14 @@ class Hooks:
     peak_flops: float | None = None
 
 
-def configure(model: Transformer, train: Train) -> None:
-    """Have the model do in training what `train` asks of it. Raises ConfigError for a z-loss without a vocabulary."""
+def configure(model: Transformer, train: Train, teacher: Teacher | None = None) -> None:
+    """Have the model do in training what `train` asks of it.
+
+    Raises ConfigError for a z-loss without a vocabulary, and for a teacher of something else.
+    """
+    if teacher is not None:
+        check_teaching(teacher.model.config, model.config)
+    model.teaching = None if teacher is None else teacher.teaching
     if train.z_loss and not isinstance(model.head, LanguageModelHead):
         found = f"{train.z_loss:g} with head {model.config.head.type}"
         raise ConfigError("train.z_loss", found, "a head over a vocabulary", "train.z_loss=0")
@@ -126,7 +133,8 @@ class Trainer:
         valid: starts a pass over the evaluation batches.
         config: the whole resolved config as JSON values; a resume compares it. Default: train and model.
         hooks: listener, sampler, and what throughput is measured against.
-        optimizer: makes one of the model's parameters; default optimizers.make_optimizer.
+        optimizer: default optimizers.make_optimizer.
+        teacher: on the model's device; nothing of it is saved but the hash of its weights.
         world: the processes that train together. The first of them writes and speaks; it holds the lock.
     """
 
@@ -138,6 +146,7 @@ class Trainer:
     config: Mapping[str, object] | None = None
     hooks: Hooks = field(default_factory=Hooks)
     optimizer: Optimizer | None = None
+    teacher: Teacher | None = None
     world: World = ALONE
 
     def __post_init__(self) -> None:
@@ -145,15 +154,16 @@ class Trainer:
             raise ConfigError("train.steps", "not set", "a number of updates", "train.steps=1000")
         self.steps = self.train.steps
         self.device = next(self.model.parameters()).device
-        configure(self.model, self.train)
+        configure(self.model, self.train, self.teacher)
         dtype = DTYPES[self.train.dtype]
         self._precision = partial(precision, self.train.dtype, self.device)
         self._parallel = Parallel(self.model, self.world, self.train.strategy)
         self._updater = self.optimizer or make_optimizer(self.model, self.model.config, self.train)
         plain = {"train": self.train.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
         self._average = Average(self.model, self.train.ema) if self.train.ema is not None else None
+        identity = {**self.source.identity, **({"teacher": self.teacher.hash} if self.teacher is not None else {})}
         self._state = RunState(
-            self._parallel, self._updater, self.config or plain, self.source.identity, dtype, self.device, self._average
+            self._parallel, self._updater, self.config or plain, identity, dtype, self.device, self._average
         )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.progress = Progress(scale=guards.LossScale.for_dtype(dtype))

@@ -1,4 +1,8 @@
-"""Image classification: pixels and labels as batches, moved and mirrored a little in training (arXiv:2010.11929)."""
+"""Objectives on images: their class (arXiv:2010.11929), or the pixels of patches that are hidden (arXiv:2111.09886).
+
+Both see training images moved and mirrored a little, and held-out ones as they are. Which patches of a held-out image
+are hidden depends on its number alone.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headway.data.batches import IGNORE, hashed_uniform
 from headway.data.images import ImageSet, mirrored, moved
-from headway.run_config import ImageClassification
+from headway.nn.embeddings import cut
+from headway.run_config import ImageClassification, MaskedPatches
 from headway.training.objectives import ShuffledExamples, TrainingBatch
 
 
@@ -20,20 +26,31 @@ def patch_of(side: int) -> int:
 
 
 class ImageBatches:
-    """Images of one set as a model's arguments: floats from -1 to 1, as ViT's were."""
+    """Images of one set as a model's arguments: floats from -1 to 1, as ViT's were.
 
-    def __init__(self, images: ImageSet, objective: ImageClassification) -> None:
-        self.images, self._objective = images, objective
+    Args:
+        images: of one size. objective: what is learned of them. patch: pixels a side of the model's patches.
+    """
+
+    def __init__(self, images: ImageSet, objective: ImageClassification | MaskedPatches, patch: int) -> None:
+        self.images, self._objective, self._patch = images, objective, patch
 
     def collate(self, ids: Sequence[int], rng: np.random.Generator | None) -> dict[str, Tensor]:
-        """These images; with a generator moved and mirrored by it."""
-        pixels = torch.from_numpy(self.images.pixels[np.asarray(ids)]).float()
+        """These images; with a generator moved, mirrored and hidden by it."""
+        numbers = np.asarray(ids)
+        pixels = torch.from_numpy(self.images.pixels[numbers]).float()
         if rng is not None and self._objective.shift:
             pixels = moved(pixels, self._objective.shift, rng)
         if rng is not None and self._objective.flip:
             pixels = mirrored(pixels, rng)
-        labels = torch.from_numpy(self.images.labels[np.asarray(ids)])
-        return {"pixel_values": pixels / 127.5 - 1, "labels": labels}
+        pixels = pixels / 127.5 - 1
+        if isinstance(self._objective, ImageClassification):
+            return {"pixel_values": pixels, "labels": torch.from_numpy(self.images.labels[numbers])}
+        patches_BPC = cut(pixels, self._patch)
+        places = numbers[:, None] * patches_BPC.shape[1] + np.arange(patches_BPC.shape[1])
+        drawn = hashed_uniform(places, 0) if rng is None else rng.random(places.shape)
+        hidden = torch.from_numpy(hide(drawn, self._objective.rate))
+        return {"pixel_values": pixels, "labels": patches_BPC.where(hidden[..., None], float(IGNORE))}
 
     def shuffled(self, batch_size: int, seed: int) -> ShuffledExamples[int]:
         """The endless stream for training."""
@@ -47,3 +64,9 @@ class ImageBatches:
         for begin in range(0, count, batch_size):
             ids = chosen[begin : begin + batch_size]
             yield TrainingBatch(self.collate(ids, None), ids)
+
+
+def hide(drawn_BP: np.ndarray[tuple[int, ...], np.dtype[np.float64]], rate: float) -> np.ndarray:
+    """True for `rate` of each image's patches, one at least: those with the smallest numbers. (B, P) -> (B, P) bool."""
+    count = max(round(rate * drawn_BP.shape[1]), 1)
+    return drawn_BP.argsort(1, kind="stable").argsort(1, kind="stable") < count

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.config import ModelConfig
+from headway.config import DEFAULT_HEAD, ModelConfig, as_tagged
+from headway.families._preset import check_preset, preset_family, preset_fields
 from headway.machine import Probe, choose
 from headway.nn import Transformer
-from headway.run_config import RunConfig, Train
+from headway.run_config import RunConfig, Train, flatten
 from headway.training.evaluate import precision
 from headway.training.loop import configure
 from headway.training.optimizers import make_optimizer
+from headway.training.teaching import Teacher
 
 # The shape of every model that the recipe builds; a user's fields are laid over it.
 ARCHITECTURE: Mapping[str, Any] = {
@@ -32,6 +34,8 @@ ARCHITECTURE: Mapping[str, Any] = {
     "feed_forward": {"activation": "relu2"},  # arXiv:2109.08668: as good as SwiGLU here, and cheaper
     "init": {"std": None, "residual": "zero"},  # every block begins as the identity
 }
+# Of models in a published family's form: a table that is also the output wants small numbers.
+PRESET_INIT: Mapping[str, Any] = {"std": 0.02, "residual": "scaled"}
 # What a published model is tuned with (arXiv:1810.04805, appendix A.3; the rate's middle value).
 TUNING: Mapping[str, Any] = {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "beta2": 0.999}
 TUNING_EPOCHS, TUNING_ROWS, TUNING_WARMUP = 3.0, 32, 0.1
@@ -48,6 +52,7 @@ LAYER_CALL = 0.0015  # seconds for one token through one layer, batch 1: measure
 PASSES = 8  # over the data, after which more of them teach a small model little
 ROW_PASSES = 30  # over labelled examples, pairs and images, of which there are few
 TRIAL_STEPS = 4
+MOST_CONTEXT = 256
 # Measured, not taken from the scaling laws of long runs: with Muon and minutes of training the optimum lies at fewer
 # tokens per parameter than Chinchilla's 20 (arXiv:2203.15556). See docs/recipe.md.
 TOKENS_PER_PARAMETER = 2.0
@@ -66,6 +71,7 @@ class Facts:
         rows: examples of the training side, None where the text is cut into windows.
         context: positions of the longest example, None for windows.
         base: the config of the published model that is trained further, if one is.
+        longest: positions that a teacher can read, None without one.
     """
 
     tokens: int
@@ -73,6 +79,7 @@ class Facts:
     rows: int | None = None
     context: int | None = None
     base: ModelConfig | None = None
+    longest: int | None = None
 
 
 def random_windows(config: ModelConfig, rows: int, context: int, *, isolate: bool = True) -> dict[str, Tensor]:
@@ -84,9 +91,16 @@ def random_windows(config: ModelConfig, rows: int, context: int, *, isolate: boo
 
 
 def time_step(
-    config: ModelConfig, train: Train, context: int, device: str = "cpu", *, trial: Trial = random_windows
+    config: ModelConfig,
+    train: Train,
+    context: int,
+    device: str = "cpu",
+    *,
+    trial: Trial = random_windows,
+    teacher: Teacher | None = None,
 ) -> float:
     """Seconds per update of a fresh model on a batch of `trial`'s: the median of a few steps, after one to warm up.
+    A `teacher` on the device reads each batch too.
 
     The generator's state is put back, so the run that follows is the one its seed names.
     """
@@ -94,7 +108,7 @@ def time_step(
     finish = torch.cuda.synchronize if place.type == "cuda" else bool
     with torch.random.fork_rng([] if place.type == "cpu" else [place]):
         model = Transformer(config).to(place)
-        configure(model, train)
+        configure(model, train, teacher)
         optimizer = make_optimizer(model, config, train)
         inputs = trial(config, (train.batch_size or 1) // train.accumulation, context)
         inputs = {name: tensor.to(place) for name, tensor in inputs.items()}
@@ -132,7 +146,7 @@ def resolve(
         epochs = TUNING_EPOCHS if facts.base is not None else None
         run = run.model_copy(update={**said, "train": run.train.model_copy(update={"epochs": epochs})})
     budget = run.budget_seconds
-    context = run.data.context or facts.context or _context(facts.tokens)
+    context = run.data.context or facts.context or min(_context(facts.tokens), facts.longest or MOST_CONTEXT)
     model = facts.base or _model(run, facts, context, budget, _rate(probe))
     length = context if facts.rows is None else max(facts.tokens // facts.rows, 1)
     batch = run.train.batch_size or (
@@ -190,8 +204,8 @@ def _fastest(
 
 
 def _context(train_tokens: int) -> int:
-    """A power of two up to 256 of which the data has at least 64."""
-    return max(8, min(256, 1 << int(math.log2(max(train_tokens // 64, 8)))))
+    """A power of two up to MOST_CONTEXT of which the data has at least 64."""
+    return max(8, min(MOST_CONTEXT, 1 << int(math.log2(max(train_tokens // 64, 8)))))
 
 
 def _rate(probe: Probe | None) -> float:
@@ -200,6 +214,7 @@ def _rate(probe: Probe | None) -> float:
 
 
 def _model(run: RunConfig, facts: Facts, context: int, budget: float | None, rate: float) -> ModelConfig:
+    """The model of these sizes: the recipe's own, or that of a published family."""
     given = dict(run.model)
     depth = given.pop("depth", None)
     if "d_model" not in given and "n_layers" not in given and depth is None:
@@ -212,7 +227,26 @@ def _model(run: RunConfig, facts: Facts, context: int, budget: float | None, rat
     else:
         width = WIDTH_PER_LAYER * given["n_layers"]
         sizes = {"d_model": width, "n_heads": _heads(width)}
-    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, "max_len": context, **facts.fields}), given))
+    sizes = {**sizes, "max_len": context}
+    if run.preset is not None:
+        return _published(run.preset, sizes, facts, given)
+    return ModelConfig(**_over(_over(ARCHITECTURE, {**sizes, **facts.fields}), given))
+
+
+def _published(name: str, sizes: Mapping[str, Any], facts: Facts, given: Mapping[str, Any]) -> ModelConfig:
+    """A model of a family's form. Raises ConfigError where data or user ask for what the family does not have."""
+    family, data = preset_family(name), facts.fields
+    head = _over({"head": {"type": DEFAULT_HEAD[str(family.fixed["kind"])]}}, data)["head"]
+    head = _over({"head": head}, {"head": as_tagged(given.get("head", {}))})["head"]
+    known = flatten(_over(_over(sizes, data), given))
+    below = preset_fields(family, head["type"], {key: value for key, value in known.items() if value is not None})
+    said = {key: head[key] for key in ("labels", "problem") if key in head}
+    # A mask's id stands in the tokenizer alone: no config.json says it.
+    tokens = {key: value for key, value in data.get("tokens", {}).items() if key != "mask"}
+    above = {"vocab_size": data.get("vocab_size", 0), "tokens": tokens, "head": said, "init": PRESET_INIT}
+    model = ModelConfig(**_over(_over(below, above), given))
+    check_preset(name, model)
+    return model
 
 
 def _heads(width: int) -> int:

@@ -38,7 +38,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
 # Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
-FREE = {"output", "data.path", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
+FREE = {"output", "data.path", "tokenizer.path", "distill.teacher", "train.threads", "train.dtype", "train.device"}
 FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
 FREE |= {"train.strategy", "train.tensor_parallel", "train.collective_timeout"}  # how processes share the work
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
@@ -142,6 +142,7 @@ class RunState:
             "identity": dict(self.identity),
             "random": {name: hashlib.sha256(bytes(value.tolist())).hexdigest() for name, value in random.items()},
             "cursor": progress.step,
+            "preset": self.config.get("preset"),
             **self.environment,
         }
         with shown(self.average):
