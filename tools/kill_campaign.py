@@ -1,6 +1,7 @@
 """Kill a training run at every file operation and at random times; resume; compare bytes (row S2, promise P3).
 
     python tools/kill_campaign.py [--random 200] [--stride 1] [--folder DIR]
+    python tools/kill_campaign.py --objectives [--random 20]     a run of every objective, with two passes, dropout, EMA
 
 One process imports torch and forks a child per kill. At the k-th file primitive (or after a random time) the child
 dies by SIGKILL; then the run is resumed, sometimes to be killed again, and its last checkpoint, all files of it, must
@@ -19,25 +20,33 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from fault_injection import at_call, hooked  # noqa: E402
+from objective_cases import CASES, rows_file  # noqa: E402
+from objective_cases import config as objective_config  # noqa: E402
 from tiny_runs import Run, checkpoint_bytes, model_config, train_config  # noqa: E402
 
 from headway import files  # noqa: E402
-from headway.checkpoints.folder import newest_good  # noqa: E402
+from headway.checkpoints.folder import list_checkpoints, newest_good  # noqa: E402
 from headway.errors import HeadwayError, InputError  # noqa: E402
+from headway.launch import Launch, train  # noqa: E402
+from headway.run_config import RunConfig, load_run  # noqa: E402
+from headway.strict import dump_json, strict_json  # noqa: E402
 from headway.training import plot  # noqa: E402
 from headway.training.events import ResumeEvent  # noqa: E402
 
 STEPS = 6
 DEADLINE = 60
+Fit = Callable[[Path], list[int]]
 
 
 @dataclass
@@ -60,19 +69,34 @@ def make_run(folder: Path) -> Run:
     return Run(folder, config, model_config(d_model=8))
 
 
-def fit(folder: Path) -> Run:
-    """Begin or go on, as `headway train --resume auto` does: under the lock."""
+def fit(folder: Path) -> list[int]:
+    """Begin or go on, as `headway train --resume auto` does: under the lock. The steps it was resumed at."""
     run = make_run(folder)
     with files.RunLock(folder, say=lambda line: None):
         run.fit("auto")
-    return run
+    return [event.step for event in run.said(ResumeEvent)]
+
+
+def fit_objective(config: dict[str, Any], folder: Path) -> list[int]:
+    """The same for a whole run: its data, its tokenizer, its batches."""
+    begun: list[int] = []
+
+    def listen(event: object) -> None:
+        if isinstance(event, ResumeEvent):
+            begun.append(event.step)
+
+    run = RunConfig(**config, output=str(folder))
+    if list_checkpoints(folder):
+        run = load_run([folder / "config.yaml"], [], {}).run
+    train(run, Launch(resume="auto"), listen)
+    return begun
 
 
 class Campaign:
     """Kills runs below a folder and counts what comes of it."""
 
-    def __init__(self, folder: Path, again: float = 0.25, seed: int = 0) -> None:
-        self.folder, self.again, self.figures = folder, again, Figures()
+    def __init__(self, folder: Path, again: float = 0.25, seed: int = 0, fit: Fit = fit) -> None:
+        self.folder, self.again, self.figures, self.fit = folder, again, Figures(), fit
         self.rng = random.Random(seed)
         plot.draw = lambda *a, **k: {"svg": b"svg", "png": b"png"}  # slower than the run; its file operations stay
         floors: list[int] = []
@@ -83,6 +107,7 @@ class Campaign:
             except InputError:
                 floors.append(0)
 
+        folder.mkdir(exist_ok=True)
         fit(folder / "warm")
         with hooked(newest):
             fit(folder / "whole")
@@ -99,7 +124,12 @@ class Campaign:
             found = newest_good(folder)
         except InputError:
             return {}
-        return {"step": str(found.manifest.step), **checkpoint_bytes(found.path)}
+        # Where the run lies is in its config, and so in two of the files.
+        files_ = {n: b for n, b in checkpoint_bytes(found.path).items() if n not in ("state.json", "manifest.json")}
+        state = strict_json((found.path / "state.json").read_bytes(), "state")
+        assert isinstance(state, dict)
+        rest = dump_json({key: state[key] for key in ("tree", "progress", "identity")}, sort_keys=True)
+        return {"step": str(found.manifest.step), "state": rest, **files_}
 
     def at_primitive(self, k: int) -> None:
         """Kill at the k-th file primitive (from 1), resume, compare."""
@@ -117,7 +147,7 @@ class Campaign:
         def die() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        pid = fork(lambda: _hooked_fit(folder, at_call(k, die)))
+        pid = fork(lambda: self._hooked_fit(folder, at_call(k, die)))
         if after is not None:
             time.sleep(after)
             os.kill(pid, signal.SIGKILL)
@@ -137,12 +167,11 @@ class Campaign:
             figures.killed_again += figures.kills - before
             figures.kills = before
         try:
-            run = fit(folder)
+            begun = self.fit(folder)
         except HeadwayError as error:
             figures.wrong.append(f"{what}: cannot be resumed: {error}")
             return
         figures.resumes += 1
-        begun = [event.step for event in run.said(ResumeEvent)]
         if (begun or [0])[0] < floor:
             figures.wrong.append(f"{what}: resumed at step {(begun or [0])[0]} though step {floor} had been saved")
         left = sorted(path.name for path in folder.rglob(f"{files.TEMPORARY_PREFIX}*"))
@@ -154,10 +183,9 @@ class Campaign:
             figures.wrong.append(f"{what}: other final bytes")
         shutil.rmtree(folder)
 
-
-def _hooked_fit(folder: Path, hook: Callable[[str, Path], None]) -> None:
-    with hooked(hook):
-        fit(folder)
+    def _hooked_fit(self, folder: Path, hook: Callable[[str, Path], None]) -> None:
+        with hooked(hook):
+            self.fit(folder)
 
 
 def fork(action: Callable[[], None]) -> int:
@@ -188,11 +216,11 @@ def wait(pid: int) -> int:
     raise TimeoutError(f"a child ran longer than {DEADLINE} s")
 
 
-def run_campaign(folder: Path, stride: int, randoms: int, seed: int = 0) -> Figures:
-    """Kill at every `stride`-th primitive and at `randoms` random times below `folder`."""
+def run_campaign(folder: Path, stride: int, randoms: int, seed: int = 0, fit: Fit = fit) -> Figures:
+    """Kill at every `stride`-th primitive (0: at none) and at `randoms` random times below `folder`."""
     began = time.monotonic()
-    campaign = Campaign(folder, seed=seed)
-    for k in range(1, campaign.figures.primitives + 1, stride):
+    campaign = Campaign(folder, seed=seed, fit=fit)
+    for k in range(1, campaign.figures.primitives + 1, stride) if stride else ():
         campaign.at_primitive(k)
     wanted, number = campaign.figures.kills + randoms, 0
     while campaign.figures.kills < wanted and number < 4 * randoms:  # some times fall after the end
@@ -202,17 +230,39 @@ def run_campaign(folder: Path, stride: int, randoms: int, seed: int = 0) -> Figu
     return campaign.figures
 
 
+def run_objectives(folder: Path, randoms: int, seed: int, names: Iterable[str] = CASES) -> Figures:
+    """`randoms` kills of a run of each objective, the figures of all together."""
+    os.environ["HEADWAY_CACHE"] = str(folder / "cache")
+    total = Figures()
+    for number, name in enumerate(names):
+        make, fields, _ = CASES[name]
+        place = folder / f"case-{number}"
+        place.mkdir()
+        numbers = {"accumulation": 2, "ema": 0.9, "dtype": "float32", "sample_tokens": 0}
+        config = objective_config(rows_file(place, make), fields, **numbers)
+        config["model"] = {**config["model"], "dropout": 0.1}
+        found = run_campaign(place / "runs", 0, randoms, seed + number, partial(fit_objective, config))
+        for key, value in asdict(found).items():
+            setattr(total, key, getattr(total, key) + ([f"{name}: {w}" for w in value] if key == "wrong" else value))
+        print(f"{name:26} {found.kills} kills, {found.resumes} resumes, {found.equal} byte-equal", flush=True)
+    return total
+
+
 def main() -> int:
     """Run the campaign and print its figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--random", type=int, default=200)
+    parser.add_argument("--random", type=int, default=None, help="200; 20 of each objective")
+    parser.add_argument("--objectives", action="store_true")
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked child would wait for ever for the threads of its parent
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = run_campaign(Path(folder), options.stride, options.random, options.seed)
+        if options.objectives:
+            figures = run_objectives(Path(folder), options.random or 20, options.seed)
+        else:
+            figures = run_campaign(Path(folder), options.stride, options.random or 200, options.seed)
     for line in figures.wrong:
         print(f"WRONG {line}")
     print(
