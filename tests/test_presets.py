@@ -178,6 +178,21 @@ def test_sizes_are_the_users() -> None:
     assert resolved(None).norm.type == "rmsnorm" and resolved(None).feed_forward.activation == "relu2"
 
 
+def rates(preset: str | None, kind: str, **model: Any) -> tuple[float | None, float | None]:
+    head = {"encoder": "masked-lm"}.get(kind, "causal-lm")
+    run = RunConfig(preset=preset, model={"depth": 2, **model}, train={"steps": 1, "dtype": "float32"})
+    facts = Facts(10**6, {"vocab_size": 512, "kind": kind, "head": {"type": head}, "tokens": {"decoder_start": 0}})
+    train = resolve(run, facts, None, lambda *_: 1.0)[1].train
+    return train.lr, train.muon_lr
+
+
+def test_rates_follow_the_form_and_only_of_presets() -> None:
+    assert rates("gpt2", "decoder") == rates("llama", "decoder") == rates(None, "decoder") == (0.04, 0.03)
+    assert rates("t5", "encoder-decoder") == (0.04, 0.01)
+    assert rates("bert", "encoder") == (0.001, 0.01)
+    assert rates(None, "encoder", placement="post") == (0.04, 0.03)
+
+
 @pytest.mark.parametrize(
     ("preset", "model", "found"),
     [

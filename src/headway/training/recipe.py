@@ -44,6 +44,9 @@ DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 # Rates at d_model 128. Tables (embedding, head) see sparse gradients, so their rate falls with the square root of the
 # width; Muon's update has a fixed length per direction, so its rate does not depend on the width.
 TABLE_RATE, ADAMW_RATE, MUON_RATE = 0.04, 0.004, 0.03
+# Of presets whose norms stand behind the residual (BERT) or whose scores have a scale of their own (T5): measured, see
+# docs/recipe.md, as the rates above are those of the recipe's own form.
+POST_TABLE_RATE, GENTLE_MUON_RATE = 0.001, 0.01
 LION_SHARE, LION_BETA2 = 0.2, 0.99  # of AdamW's rate: 3 to 10 times lower (arXiv:2302.06675, section 5)
 DEFAULT_BUDGET = "3m"
 SHARE_FOR_STEPS = 0.9  # of the budget; the rest is for evaluation, samples and checkpoints
@@ -155,7 +158,7 @@ def resolve(
         else TUNING_ROWS
     )
     batch = -(-batch // run.train.accumulation) * run.train.accumulation
-    train = _rates(run.train.model_copy(update={"batch_size": batch}), model)
+    train = _rates(run.train.model_copy(update={"batch_size": batch}), model, run.preset is not None)
     train, seconds = _fastest(train, model, context, probe, clock)
     evaluations = EVALUATIONS
     passes = facts.tokens / (batch * length)  # steps of one pass over the data
@@ -301,11 +304,14 @@ def _batch_size(tokens: float, context: int) -> int:
     return max(4, 1 << round(math.log2(max(2 * math.sqrt(tokens) / context, 1))))
 
 
-def _rates(train: Train, model: ModelConfig) -> Train:
-    base = {"muon": TABLE_RATE, "lion": LION_SHARE * ADAMW_RATE}.get(train.optimizer, ADAMW_RATE)
+def _rates(train: Train, model: ModelConfig, preset: bool) -> Train:
+    is_post = preset and model.placement == "post"
+    is_gentle = is_post or (preset and model.attention.scale is not None)
+    table, muon = POST_TABLE_RATE if is_post else TABLE_RATE, GENTLE_MUON_RATE if is_gentle else MUON_RATE
+    base = {"muon": table, "lion": LION_SHARE * ADAMW_RATE}.get(train.optimizer, ADAMW_RATE)
     lr = train.lr or base * math.sqrt(128 / model.d_model)
     beta2 = LION_BETA2 if train.optimizer == "lion" and "beta2" not in train.model_fields_set else train.beta2
-    return train.model_copy(update={"lr": lr, "muon_lr": train.muon_lr or MUON_RATE, "beta2": beta2})
+    return train.model_copy(update={"lr": lr, "muon_lr": train.muon_lr or muon, "beta2": beta2})
 
 
 def _evaluations(train: Train, model: ModelConfig, seconds: float, budget: float) -> int:
