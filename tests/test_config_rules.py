@@ -96,6 +96,8 @@ MODEL_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     ),
 ]
 RUN_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
+    (("data.path", "data.mixture"), {"data": {"path": "a", "mixture": {"b.txt": 1.0}}}),
+    (("data.mixture", "data.valid_path"), {"data": {"valid_path": "a", "mixture": {"b.txt": 1.0}}}),
     (("train.warmup", "train.steps"), {"train": {"warmup": 11, "steps": 10}}),
     (("train.batch_size", "train.accumulation"), {"train": {"batch_size": 7, "accumulation": 2}}),
     (("train.batch_size", "train.accumulation"), {"train": {"batch_size": 1, "accumulation": 2}}),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ import pytest
 from headway import assess, loading
 from headway.checkpoints.folder import newest_good
 from headway.errors import ConfigError, InputError
-from headway.launch import Launch, Note, train
+from headway.launch import Launch, Note, Plan, RunEvent, train
 from headway.training import loop
+from headway.training.events import EvalEvent
 
-from objective_cases import CASES, SMALL, config, labelled, pair, rows_file, text  # isort: skip
+from objective_cases import CASES, SMALL, config, labelled, number, pair, rows_file, text  # isort: skip
 
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -53,6 +57,80 @@ def test_an_objective_trains_resumes_and_is_measured(tmp_path: Path, name: str) 
         measured = {one.name: one for one in assess.assess(loaded, str(path), how=assess.How(max_tokens=4))}
         name_of = next(one for one in measured if one.split("@")[0] == metric.removesuffix("_at_k"))
         assert measured[name_of].interval.n > 0
+
+
+def two(place: Path, make: Callable[[random.Random], dict[str, object]]) -> dict[str, float]:
+    """Two sources of the same form, the second a fifth of the first."""
+    paths = []
+    for name, count in (("large", 60), ("small", 40)):
+        (place / name).mkdir()
+        paths.append(rows_file(place / name, make, count))
+    return {str(place / "l*"): 1.0, str(paths[1]): 3.0}
+
+
+def mixed(place: Path, name: str, weights: dict[str, float], **train_fields: Any) -> dict[str, Any]:
+    fields = CASES[name][1]
+    run = config(place, {**fields, "output": str(place / "run")}, **train_fields)
+    data = {key: value for key, value in run["data"].items() if key != "path"}
+    return {**run, "data": {**data, "mixture": weights}}
+
+
+@pytest.mark.fault("R7")
+@pytest.mark.parametrize("name", ["text", "masked", "denoising", "classes", "sequence to sequence", "contrastive"])
+def test_a_mixture_trains_resumes_and_reports_each_source(tmp_path: Path, name: str) -> None:
+    weights = two(tmp_path, CASES[name][0])
+    said: list[str] = []
+    heard: list[EvalEvent] = []
+
+    def listen(event: RunEvent) -> None:
+        said.extend(event.lines() if isinstance(event, Plan) else ())
+        heard.extend([event] if isinstance(event, EvalEvent) else ())
+
+    run = mixed(tmp_path, name, weights, schedule="constant", warmup=0)
+    straight = train({**run, "output": str(tmp_path / "straight")}, on_event=listen)
+    lines = [line for line in said if line.startswith("source: ")]
+    assert [line.split(",")[0] for line in lines] == [f"source: {path}" for path in weights]
+    assert " 25.0% of the rows" in lines[0] and " 75.0% of the rows" in lines[1] and "passes" in lines[0]
+    assert heard and heard[-1].sources is not None and list(heard[-1].sources) == list(weights)
+    low, high = sorted(heard[-1].sources.values())
+    assert low <= heard[-1].loss <= high  # the whole is a mean of its parts
+    train({**run, "train": {**run["train"], "steps": 3}})
+    # Where the files lie does not matter; what they hold, and their shares, do.
+    moved = tmp_path / "moved.jsonl"
+    small = Path(list(weights)[1])
+    small.rename(moved)
+    again = {**run, "data": {**run["data"], "mixture": {str(tmp_path / "l*"): 10.0, str(moved): 30.0}}}
+    train(again, Launch(resume="must", override=True))
+    assert state(tmp_path / "run") == state(tmp_path / "straight") and straight.result is not None
+    other = {**again, "data": {**run["data"], "mixture": {str(tmp_path / "l*"): 1.0, str(moved): 2.0}}}
+    with pytest.raises(InputError, match=r"^data: hash"):
+        train({**other, "train": {**run["train"], "steps": 9}}, Launch(resume="must", override=True))
+
+
+def test_what_cannot_be_mixed_is_refused_with_its_source(tmp_path: Path) -> None:
+    weights = two(tmp_path, labelled)
+    for name, make in (("pairs", pair), ("numbers", number), ("plain", text)):
+        (tmp_path / name).mkdir()
+        path = rows_file(tmp_path / name, make)
+        with pytest.raises(
+            InputError, match=rf"data\.mixture\.{path}.*expected rows of the form Labelled with a class"
+        ):
+            train(mixed(tmp_path, "classes", {**weights, str(path): 1.0}))
+    with pytest.raises(InputError, match=r"nowhere.*no such"):
+        train(mixed(tmp_path, "classes", {**weights, str(tmp_path / "nowhere.jsonl"): 1.0}))
+    with pytest.raises(InputError, match=r"x\*: no file or folder matches"):
+        train(mixed(tmp_path, "classes", {**weights, str(tmp_path / "x*"): 1.0}))
+    for weight in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"^data\.mixture\.a\.txt: "):
+            train(mixed(tmp_path, "classes", {"a.txt": weight}))
+
+
+def test_a_mixture_of_one_is_that_source(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, text)
+    run = config(path, {"output": str(tmp_path / "alone"), **CASES["text"][1]})
+    train(run)
+    train({**mixed(tmp_path, "text", {str(path): 5.0}), "output": str(tmp_path / "mixed")})
+    assert state(tmp_path / "alone") == state(tmp_path / "mixed")
 
 
 def test_images_train_and_are_measured(tmp_path: Path) -> None:
@@ -116,6 +194,6 @@ def test_the_same_examples_are_encoded_once(tmp_path: Path, monkeypatch: pytest.
     real = prepare.encode_all
     monkeypatch.setattr(prepare, "encode_all", lambda *args: calls.append(1) or real(*args))
     path = rows_file(tmp_path, pair, 61)
-    for number in range(2):
-        train(config(path, {"output": str(tmp_path / f"run{number}")}, steps=1))
+    for count in range(2):
+        train(config(path, {"output": str(tmp_path / f"run{count}")}, steps=1))
     assert len(calls) == 2, "both sides, once"

@@ -87,6 +87,7 @@ class Plan:
             f"model: {m.kind}, {self.parameters:,} parameters, {m.n_layers} layers, d_model {m.d_model}, "
             f"{m.n_heads} heads, context {self.run.data.context}"
             + (f", from {self.run.base}" if self.run.base else ""),
+            *(f"source: {share.line((t.steps or 0) * (t.batch_size or 1))}" for share in made.shares(self.run)),
             f"training: {objective.type if objective else ''}, {t.steps:,} steps of {rows}, {t.optimizer}, "
             f"{seen / max(n_train, 1):.1f} passes over the data, {self.threads} "
             f"thread{'s' * (self.threads != 1)}, {t.dtype}",
@@ -126,7 +127,7 @@ class Launch:
 
 def default_output(run: RunConfig) -> Path:
     """Where a run goes that names no output: runs/ and the name of its data."""
-    name = Path(run.data.path or "run").name.removesuffix(".gz")
+    name = Path(run.data.path or ("mixture" if run.data.mixture else "run")).name.removesuffix(".gz")
     return Path("runs") / (Path(name).stem or "run")
 
 
@@ -144,7 +145,7 @@ def train(run: RunConfig | Mapping[str, Any], how: Launch | None = None, on_even
     run = run if isinstance(run, RunConfig) else RunConfig(**run)
     how, say = how or Launch(), on_event or (lambda event: None)
     folder = Path(run.output) if run.output else default_output(run)
-    if run.data.path is None:
+    if run.data.path is None and not run.data.mixture:
         raise ConfigError("data.path", "missing", "a file or folder of text", "data.path=FILE")
     if how.dry_run:
         return _train(run, folder, how, say)

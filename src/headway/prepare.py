@@ -3,6 +3,7 @@
     data.path --> running text --> corpus, tokenizer, token stores   --> windows     (training/windows.py)
               --> rows         --> examples, tokenizer, columns      --> examples    (training/tasks.py)
               --> images       --> pixels and labels                 --> pictures    (training/pictures.py)
+    data.mixture: text or rows of one form from several such places, in shares  (data/mixture.py)
 
 Everything that can be wrong with the data is found here, before anything long begins. Tokens and columns are kept by
 content hash under machine.cache_folder()/data, so that another run on the same files begins at once.
@@ -11,13 +12,14 @@ content hash under machine.cache_folder()/data, so that another run on the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from headway import loading, machine
@@ -25,17 +27,26 @@ from headway import run_config as rc
 from headway.checkpoints.folder import TOKENIZER, list_checkpoints
 from headway.config import ModelConfig, with_fields
 from headway.data import Corpus, PackedBatches, Prepared, ReadOptions, ReadReport, open_corpus, prepare
+from headway.data.batches import Windows
 from headway.data.corpus import fingerprint
 from headway.data.encode import Coder, Losses
-from headway.data.examples import Sides, encode_all, gather, prepare_examples
-from headway.data.forms import Example, Text, examples, split
+from headway.data.examples import Examples, Sides, encode_all, gather, prepare_examples
+from headway.data.forms import Example, Labelled, Text, examples, split
 from headway.data.images import find_images, is_images
+from headway.data.mixture import MixedBatches, MixedRows, Mixture
 from headway.data.rows import find_tables, is_table, read_rows
 from headway.data.sources import is_rows
 from headway.errors import ConfigError, InputError, MachineError
 from headway.run_config import Data, RunConfig
 from headway.text import Tokenizer, train_tokenizer
-from headway.training.objectives import BatchSource, CausalLM, TrainingBatch, causal_evaluation, token_byte_lengths
+from headway.training.objectives import (
+    BatchSource,
+    CausalLM,
+    TrainingBatch,
+    by_source,
+    causal_evaluation,
+    token_byte_lengths,
+)
 from headway.training.pictures import ImageBatches, patch_of
 from headway.training.recipe import Facts, Trial, random_windows
 from headway.training.tasks import Classes, ExampleBatches, Task, choose, classes_of, head_fields
@@ -56,6 +67,18 @@ CONTEXT = 512
 """Longest input of a new model for examples, where nobody says another."""
 
 
+class Share(NamedTuple):
+    """One source of several: its name, its share of all rows, and how many rows it has itself."""
+
+    name: str
+    share: float
+    rows: int
+
+    def line(self, rows: int) -> str:
+        """How often a run of so many rows goes through it."""
+        return f"{self.name}, {self.share:.1%} of the rows, {rows * self.share / max(self.rows, 1):.2g} passes"
+
+
 @dataclass(frozen=True)
 class Material:
     """What a run is made of.
@@ -68,8 +91,9 @@ class Material:
         source, evaluation: the batches, once model and run are settled.
         trial: a batch of the given rows for timing a step.
         base: the published model that is trained further.
-        prepared: both token stores of running text.
+        prepared: both token stores of each source of running text.
         lines: what the user should know.
+        shares: of each source, where there are several.
     """
 
     run: RunConfig
@@ -82,8 +106,9 @@ class Material:
     trial: Trial
     bytes: int = 0
     base: loading.Loaded | None = None
-    prepared: Prepared | None = None
+    prepared: tuple[Prepared, ...] = ()
     lines: list[str] = field(default_factory=list)
+    shares: Callable[[RunConfig], Sequence[Share]] = lambda run: ()
 
 
 def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: Say, progress: Progress) -> Material:
@@ -96,11 +121,14 @@ def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: S
     Raises ConfigError, InputError, MachineError.
     """
     where = _Where(run, folder, resuming and bool(list_checkpoints(folder)), dry_run, say, progress)
-    path = str(run.data.path)
-    if is_images(path):
+    if run.data.path is not None and is_images(run.data.path):
         return _pictures(where)
-    first = _first_example(where)
-    return _running_text(where) if first is None else _rows(where, type(first))
+    (first, example), *others = [(path, _first_example(where, path)) for path in where.weights]
+    for path, other in others:
+        if _form(other) != _form(example):
+            expected = f"{_form(example)}, as in {first}"
+            raise InputError(f"data.mixture.{path}", _form(other), expected, "sources of one form, or a run for each")
+    return _running_text(where) if example is None else _rows(where, type(example))
 
 
 @dataclass(frozen=True)
@@ -111,6 +139,16 @@ class _Where:
     dry_run: bool
     say: Say
     progress: Progress
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Every source and its weight."""
+        return self.run.data.mixture or {str(self.run.data.path): 1.0}
+
+    @property
+    def mixture(self) -> Mixture:
+        """The sources' shares."""
+        return Mixture(self.weights, self.run.train.seed)
 
     @property
     def cache(self) -> Path:
@@ -188,42 +226,42 @@ def _special(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
 
 
 def _running_text(where: _Where) -> Material:
-    run, d, base = where.run, where.run.data, where.base
-    corpus = open_corpus(str(d.path), d.valid_path, d.val_fraction, read_options(d))
-    files = len(corpus.files)
-    where.say(f"{corpus.path}: {files} file{'s' * (files != 1)}, {corpus.split}")
-    size = sum(file.stat().st_size for file in (*corpus.files, *corpus.valid_files))
+    run, d, base, mixture = where.run, where.run.data, where.base, where.mixture
+    corpora = [open_corpus(path, d.valid_path, d.val_fraction, read_options(d)) for path in where.weights]
+    for corpus in corpora:
+        files = len(corpus.files)
+        where.say(f"{corpus.path}: {files} file{'s' * (files != 1)}, {corpus.split}")
+    sizes = [sum(file.stat().st_size for file in (*corpus.files, *corpus.valid_files)) for corpus in corpora]
     kind = base.config.kind if base is not None else str(run.model.get("kind", ""))
     objective = run.objective or _text_objective(kind)
-    tokenizer = _tokenizer(where, base, corpus.texts, size, objective)
-    data = _tokens(where, corpus, tokenizer, d.context or 1)
+    texts = partial(mixture.texts, [corpus.texts for corpus in corpora], sizes)
+    tokenizer = _tokenizer(where, base, texts, sum(sizes), objective)
+    data = [_tokens(where, corpus, tokenizer, d.context or 1) for corpus in corpora]
     corrupt = corruption(objective, tokenizer)
     isolate = d.isolate and not isinstance(objective, rc.SpanCorruption | rc.Denoising)
-    new_kind = {"causal-lm": "decoder", "masked-lm": "encoder"}.get(objective.type, "encoder-decoder")
-    fields = {"vocab_size": tokenizer.vocab_size, "kind": new_kind, "head": {"type": head_for(objective)}}
-    if new_kind != "decoder":
-        fields["tokens"] = _special(tokenizer, new_kind)
     config = None if base is None else base.config
     if config is not None:
         check_objective(objective, config)
-    sizes = token_byte_lengths(
-        b"" if number in tokenizer.special_ids else tokenizer.token_bytes(number)
-        for number in range(tokenizer.vocab_size)
-    )
+    lengths = _byte_lengths(tokenizer)
 
     def source(model: ModelConfig, run: RunConfig) -> BatchSource:
         check_objective(objective, model)
-        window = window_of(objective, _context(run))
-        batches = PackedBatches(data.train, window, run.train.batch_size or 1, run.train.seed, isolate)
+        sizes = window_of(objective, _context(run)), run.train.batch_size or 1, run.train.seed
+        parts = [PackedBatches(one.train, *sizes, isolate) for one in data]
+        batches: Windows = MixedBatches(parts, Mixture(where.weights, run.train.seed)) if len(parts) > 1 else parts[0]
         return (
             CausalLM(batches, tokenizer.hash) if corrupt is None else CorruptedWindows(batches, corrupt, tokenizer.hash)
         )
 
     def evaluation(model: ModelConfig, run: RunConfig) -> Iterable[TrainingBatch]:
-        window, rows, limit = window_of(objective, _context(run)), run.train.batch_size or 1, run.train.eval_windows
-        if corrupt is None:
-            return causal_evaluation(data.valid, window, rows, limit, isolate=isolate, token_bytes=sizes)
-        return corrupted_evaluation(data.valid, window, rows, limit, isolate, corrupt)
+        window, rows = window_of(objective, _context(run)), run.train.batch_size or 1
+        found: dict[str, Iterable[TrainingBatch]] = {}
+        for name, one, limit in zip(mixture.names, data, mixture.split(run.train.eval_windows), strict=True):
+            if corrupt is None:
+                found[name] = causal_evaluation(one.valid, window, rows, limit, isolate=isolate, token_bytes=lengths)
+            else:
+                found[name] = corrupted_evaluation(one.valid, window, rows, limit, isolate, corrupt)
+        return by_source(found)
 
     def trial(model: ModelConfig, rows: int, context: int) -> Mapping[str, Tensor]:
         found = random_windows(model, rows, context, isolate=isolate)
@@ -231,20 +269,42 @@ def _running_text(where: _Where) -> Material:
             found["labels"] = found["labels"][:, : target_of(objective, context)]
         return found
 
+    tokens, held = (sum(len(getattr(one, side).tokens) for one in data) for side in ("train", "valid"))
     return Material(
         run.model_copy(update={"objective": objective}),
         tokenizer,
-        Facts(len(data.train.tokens), fields, base=config),
-        (len(data.train.tokens), len(data.valid.tokens)),
+        Facts(tokens, _text_fields(objective, tokenizer), base=config),
+        (tokens, held),
         "tokens",
         source,
         evaluation,
         trial,
-        data.train.bytes,
+        sum(one.train.bytes for one in data),
         base,
-        data,
-        data.lines,
+        tuple(data),
+        [line for one in data for line in one.lines],
+        lambda run: _shares(mixture, [-(-len(p.train.tokens) // window_of(objective, _context(run))) for p in data]),
     )
+
+
+def _byte_lengths(tokenizer: Tokenizer) -> Tensor:
+    """Bytes of text that each id stands for."""
+    pieces = (
+        b"" if one in tokenizer.special_ids else tokenizer.token_bytes(one) for one in range(tokenizer.vocab_size)
+    )
+    return token_byte_lengths(pieces)
+
+
+def _text_fields(objective: rc.Objective, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What running text and an objective decide about a new model."""
+    kind = {"causal-lm": "decoder", "masked-lm": "encoder"}.get(objective.type, "encoder-decoder")
+    fields = {"vocab_size": tokenizer.vocab_size, "kind": kind, "head": {"type": head_for(objective)}}
+    return fields if kind == "decoder" else {**fields, "tokens": _special(tokenizer, kind)}
+
+
+def _shares(mixture: Mixture, rows: Sequence[int]) -> list[Share]:
+    found = zip(mixture.names, map(float, mixture.shares), rows, strict=True)
+    return [Share(*one) for one in found] if len(rows) > 1 else []
 
 
 def _context(run: RunConfig) -> int:
@@ -264,16 +324,25 @@ def _tokens(where: _Where, corpus: Corpus, tokenizer: Tokenizer, context: int) -
 # --- examples --------------------------------------------------------------------------------------------------
 
 
-def _first_example(where: _Where) -> Example | None:
+def _first_example(where: _Where, path: str) -> Example | None:
     """The first row's example, None for running text: files of plain text, or rows with nothing but a text."""
     d = where.run.data
-    files = find_tables(str(d.path), read_options(d), ReadReport())
+    files = find_tables(path, read_options(d), ReadReport())
     if not is_table(files[0]) and not is_rows(files[0]):
         return None
     first = next(_examples(where, files[:1], ReadReport()), None)
     if first is None:
-        raise InputError(str(d.path), "0 rows", "rows to learn from")
+        raise InputError(path, "0 rows", "rows to learn from")
     return None if isinstance(first, Text) else first
+
+
+def _form(example: Example | None) -> str:
+    """What sources must have in common to be mixed."""
+    if example is None:
+        return "running text"
+    label = type(example.label) if isinstance(example, Labelled) else None
+    kinds = {str: " with a class", tuple: " with classes", float: " with a number"}
+    return f"rows of the form {type(example).__name__}{kinds.get(label, '') if label else ''}"
 
 
 def _examples(where: _Where, files: Iterable[Path], report: ReadReport) -> Iterator[Example]:
@@ -282,10 +351,22 @@ def _examples(where: _Where, files: Iterable[Path], report: ReadReport) -> Itera
     return examples(rows, skipped=report if d.skip_bad_rows else None)
 
 
-def _both_sides(where: _Where) -> tuple[list[Example], list[Example], str, list[str]]:
-    """(training examples, held-out examples, hash of the files, sentences)."""
+class _Source(NamedTuple):
+    """The examples of one source: both sides, the hash of its files, and sentences."""
+
+    train: list[Example]
+    valid: list[Example]
+    hash: str
+    lines: list[str]
+
+    def texts(self) -> Iterator[str]:
+        """What a tokenizer may learn from."""
+        return (text for example in self.train for text in example.texts())
+
+
+def _both_sides(where: _Where, path: str) -> _Source:
     d, report = where.run.data, ReadReport()
-    files = find_tables(str(d.path), read_options(d), report)
+    files = find_tables(path, read_options(d), report)
     valid_files = find_tables(d.valid_path, read_options(d), report) if d.valid_path is not None else []
     found = list(_examples(where, files, report))
     if valid_files:
@@ -294,49 +375,43 @@ def _both_sides(where: _Where) -> tuple[list[Example], list[Example], str, list[
         train, valid = split(found, d.val_fraction)
     if not train or not valid:
         sizes = f"{len(train)} examples to train on, {len(valid)} held out"
-        raise InputError(str(d.path), sizes, "examples on both sides", "data.val_fraction=0.2, or data.valid_path=FILE")
+        raise InputError(path, sizes, "examples on both sides", "data.val_fraction=0.2, or data.valid_path=FILE")
     share = d.valid_path or f"{d.val_fraction:.3g} of them, by hash"
-    where.say(f"{d.path}: {len(found):,} examples of the form {type(found[0]).__name__}, held out: {share}")
-    return train, valid, fingerprint(tuple(files), tuple(valid_files)), report.lines()
+    where.say(f"{path}: {len(found):,} examples of the form {type(found[0]).__name__}, held out: {share}")
+    return _Source(train, valid, fingerprint(tuple(files), tuple(valid_files)), report.lines())
 
 
 def _rows(where: _Where, form: type) -> Material:
-    run, d, base = where.run, where.run.data, where.base
+    run, d, base, mixture = where.run, where.run.data, where.base, where.mixture
     kind = base.config.kind if base is not None else run.model.get("kind")
-    name, task = choose(form, run.objective.type if run.objective else None, kind, str(d.path))
+    named = run.objective.type if run.objective else None
+    name, task = choose(form, named, kind, d.path or ", ".join(d.mixture))
     objective = run.objective or RunConfig(objective=name).objective  # type: ignore[arg-type]  # a name is a tag
     assert objective is not None
-    train, valid, data_hash, lines = _both_sides(where)
-    classes = classes_of(chain(train, valid), d.labels)
-    size = sum(len(text) for example in train for text in example.texts())
-    tokenizer = _tokenizer(where, base, lambda: (t for e in train for t in e.texts()), size, objective)
+    sources = [_both_sides(where, path) for path in where.weights]
+    classes = classes_of(chain.from_iterable(chain(one.train, one.valid) for one in sources), d.labels)
+    sizes = [sum(map(len, one.texts())) for one in sources]
+    texts = partial(mixture.texts, [one.texts for one in sources], sizes)
+    tokenizer = _tokenizer(where, base, texts, sum(sizes), objective)
     longest = d.context or (min(base.config.max_len, CONTEXT) if base is not None else CONTEXT)
     coder = Coder(tokenizer, longest, d.target or longest, classes.names, _has_types(base))
-
-    def build(key: str) -> Sides:
-        losses, both = Losses(), []
-        for side in (train, valid):
-            encoded = encode_all(side, task.encode[form], coder, losses)
-            both.append(gather(_watched(encoded, len(train) + len(valid), losses, where.progress), key))
-        return Sides(both[0], both[1], losses.lines(longest))
-
-    made_of = {
-        "data": data_hash,
-        "tokenizer": tokenizer.hash,
-        "objective": name,
-        "classes": list(classes.names),
-        "lengths": [coder.max_len, coder.max_target],
-        "split": None if d.valid_path else d.val_fraction,
-        "columns": dict(d.columns),
-        "types": coder.token_types,
-        "template": coder.tokenizer.chat_template,
-        "options": [d.encoding_errors, d.newline, d.skip_bad_rows],
-    }
-    sides = prepare_examples(made_of, where.cache, build)
+    found = [_encoded(where, one, task, form, coder, name) for one in sources]
+    train, valid = (Examples.joined(side) for side in zip(*((one.train, one.valid) for one in found), strict=True))
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
-    batches = ExampleBatches(sides.train, task, pad), ExampleBatches(sides.valid, task, pad)
+    batches = ExampleBatches(train, task, pad), ExampleBatches(valid, task, pad)
     fields, config = _shape(task, tokenizer, classes, base, kind)
     run = run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": classes.names})})
+    counts, held = [len(one.train) for one in found], [len(one.valid) for one in found]
+
+    def source(model: ModelConfig, run: RunConfig) -> BatchSource:
+        mixed = MixedRows(Mixture(where.weights, run.train.seed), counts) if len(found) > 1 else None
+        return batches[0].shuffled(run.train.batch_size or 1, run.train.seed, tokenizer.hash, mixed)
+
+    def evaluation(model: ModelConfig, run: RunConfig) -> Iterable[TrainingBatch]:
+        ends, limits = np.cumsum(held).tolist(), mixture.split(run.train.eval_rows)
+        among = [range(end - count, end) for end, count in zip(ends, held, strict=True)]
+        passes = (batches[1].in_order(run.train.batch_size or 1, *one) for one in zip(limits, among, strict=True))
+        return by_source(dict(zip(mixture.names, passes, strict=True)))
 
     def trial(model: ModelConfig, rows: int, context: int) -> Mapping[str, Tensor]:
         return batches[0].shuffled(rows, 0, "").batch(0).inputs
@@ -344,25 +419,52 @@ def _rows(where: _Where, form: type) -> Material:
     return Material(
         run,
         tokenizer,
-        Facts(sides.train.tokens, fields, len(sides.train), _longest(sides, task, longest), config),
-        (len(sides.train), len(sides.valid)),
+        Facts(train.tokens, fields, len(train), _longest([train, valid], task, longest), config),
+        (len(train), len(valid)),
         "examples",
-        lambda model, run: batches[0].shuffled(run.train.batch_size or 1, run.train.seed, tokenizer.hash),
-        lambda model, run: batches[1].in_order(run.train.batch_size or 1, run.train.eval_rows),
+        source,
+        evaluation,
         trial,
-        size,
+        sum(sizes),
         base,
-        lines=[*lines, *sides.lines],
+        lines=[line for one, sides in zip(sources, found, strict=True) for line in (*one.lines, *sides.lines)],
+        shares=lambda run: _shares(mixture, counts),
     )
+
+
+def _encoded(where: _Where, source: _Source, task: Task, form: type, coder: Coder, name: str) -> Sides:
+    """One source as columns: opened if they were made before, else made."""
+    d, total = where.run.data, len(source.train) + len(source.valid)
+
+    def build(key: str) -> Sides:
+        losses, both = Losses(), []
+        for side in (source.train, source.valid):
+            encoded = encode_all(side, task.encode[form], coder, losses)
+            both.append(gather(_watched(encoded, total, losses, where.progress), key))
+        return Sides(both[0], both[1], losses.lines(coder.max_len))
+
+    made_of = {
+        "data": source.hash,
+        "tokenizer": coder.tokenizer.hash,
+        "objective": name,
+        "classes": list(coder.labels),
+        "lengths": [coder.max_len, coder.max_target],
+        "split": None if d.valid_path else d.val_fraction,
+        "columns": dict(d.columns),
+        "types": coder.token_types,
+        "template": coder.tokenizer.chat_template,
+        "options": [d.encoding_errors, d.newline, d.skip_bad_rows],
+    }
+    return prepare_examples(made_of, where.cache, build)
 
 
 def _has_types(base: loading.Loaded | None) -> bool:
     return base is not None and base.config.embeddings.token_types > 1
 
 
-def _longest(sides: Sides, task: Task, longest: int) -> int:
+def _longest(sides: Sequence[Examples], task: Task, longest: int) -> int:
     """Positions that a new model needs: the longest example's, in input and target."""
-    lengths = [int(column.lengths.max()) for side in (sides.train, sides.valid) for column in side.columns.values()]
+    lengths = [int(column.lengths.max()) for side in sides for column in side.columns.values()]
     return min(max(lengths), longest) if not task.sequence_labels else max(lengths)
 
 

@@ -43,10 +43,12 @@ class Data(Frozen):
     out when there is no `valid_path`. `isolate` keeps packed documents from attending to each other. For examples
     `context` is the longest input and `target` the longest target of an encoder-decoder; `columns` says which column
     of the file holds a field (`data.columns.text=sentence`), and `labels` names the classes (default: those found).
-    Images are brought to `image` pixels a side and cut into patches of `patch`.
+    Images are brought to `image` pixels a side and cut into patches of `patch`. `mixture` stands for `path` where there
+    are several sources: a file, folder or glob and its weight among the rows of training, each.
     """
 
     path: str | None = None
+    mixture: dict[str, PositiveReal] = Field(default_factory=dict)
     valid_path: str | None = None
     context: Positive | None = None
     target: Positive | None = None
@@ -208,6 +210,20 @@ class Train(Frozen):
 
 RUN_RULES: tuple[Rule, ...] = (
     Rule(
+        ("data.path", "data.mixture"),
+        lambda r: r.data.path is not None and bool(r.data.mixture),
+        lambda r: f"one source ({r.data.path}) and a mixture of {len(r.data.mixture)}",
+        "one of the two",
+        lambda r: "leave out data.path",
+    ),
+    Rule(
+        ("data.mixture", "data.valid_path"),
+        lambda r: bool(r.data.mixture) and r.data.valid_path is not None,
+        lambda r: f"{r.data.valid_path} to be held out beside a mixture",
+        "a share of each source held out, data.val_fraction",
+        lambda r: "leave out data.valid_path",
+    ),
+    Rule(
         ("train.warmup", "train.steps"),
         lambda r: r.train.warmup is not None and r.train.steps is not None and r.train.warmup > r.train.steps,
         lambda r: f"{r.train.warmup} steps of warmup in a run of {r.train.steps}",
@@ -330,6 +346,8 @@ class Resolved(NamedTuple):
 # What a word alone means where keys are expected.
 SHORTHANDS: Mapping[str, Callable[[object], object]] = {"attention": as_attention, "feed_forward": as_feed_forward}
 _SECTIONS = ("model", "data", "tokenizer", "train")
+WHOLE = frozenset({"data.mixture"})
+"""Mappings that are one value: their keys are the user's own, dots and all."""
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -337,7 +355,7 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
         here = f"{path}.{key}" if path else str(key)
-        below = flatten(value, here) if isinstance(value, dict) and value else {here: value}
+        below = flatten(value, here) if isinstance(value, dict) and value and here not in WHOLE else {here: value}
         twice = out.keys() & below.keys()
         if twice:
             raise ConfigError(min(twice), "stands twice, in two spellings", "one of the two")

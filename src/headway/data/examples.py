@@ -43,6 +43,13 @@ class Column:
         lengths = np.array([len(row) for row in kept], dtype=np.int64)
         return cls(np.concatenate(kept) if kept else np.zeros(0, np.int32), lengths.cumsum())
 
+    @classmethod
+    def joined(cls, parts: Sequence[Column]) -> Column:
+        """The items of several columns, one behind the other."""
+        begins = np.cumsum([0, *(len(part.values) for part in parts[:-1])])
+        ends = [part.ends + begin for part, begin in zip(parts, begins, strict=True)]
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate(ends))
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -66,6 +73,14 @@ class Examples:
 
     columns: Mapping[str, Column]
     hash: str
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """The examples of several sources, one behind the other; all have the same columns."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {name: Column.joined([part.columns[name] for part in parts]) for name in parts[0].columns}
+        return cls(columns, hashlib.sha256("".join(part.hash for part in parts).encode()).hexdigest())
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

@@ -15,11 +15,15 @@ from headway.training.objectives import TrainingBatch
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per supervised token; bits_per_byte: of the text; each None where it does not exist (R18)."""
+    """loss: nats per supervised token; bits_per_byte: of the text; each None where it does not exist (R18).
+
+    sources: the loss of each source, where there are several.
+    """
 
     loss: float | None
     bits_per_byte: float | None
     tokens: int
+    sources: Mapping[str, float] | None = None
 
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +66,7 @@ def evaluate(
     if every batch knows its bytes. No supervised token at all gives None for both, never NaN.
     """
     nats, tokens, size, is_text = 0.0, 0, 0, True
+    parts: dict[str, list[float]] = {}
     with resting(model, device):
         for batch in batches:
             if interrupted():
@@ -73,7 +78,10 @@ def evaluate(
                 loss = model.loss(**to_device(batch.inputs, device))
             nats += float(loss) * count
             tokens += count
+            if batch.source is not None:
+                parts.setdefault(batch.source, []).extend([float(loss) * count, count])
             is_text &= batch.bytes is not None
             size += batch.bytes or 0
     bits = nats / math.log(2) / size if is_text and size else None
-    return Evaluation(nats / tokens if tokens else None, bits, tokens)
+    sources = {name: sum(found[::2]) / sum(found[1::2]) for name, found in parts.items()}
+    return Evaluation(nats / tokens if tokens else None, bits, tokens, sources or None)

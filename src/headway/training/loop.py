@@ -382,7 +382,8 @@ class Trainer:
         else:
             p.stale += 1
         p.evaluated, self._evaluation = p.step, found
-        self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text))
+        sources = None if found.sources is None else {name: number(one) for name, one in found.sources.items()}
+        self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text, sources))
         self._meter.restart()
 
     def _sample(self) -> str | None:

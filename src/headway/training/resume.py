@@ -25,6 +25,7 @@ from headway.checkpoints.folder import WEIGHTS, Found
 from headway.checkpoints.state import flatten_state, unflatten_state
 from headway.checkpoints.tensors import read_tensors
 from headway.errors import ConfigError, InputError
+from headway.run_config import WHOLE
 from headway.strict import dump_json, strict_json
 from headway.training.averaging import Average, shown
 from headway.training.guards import LossScale, SpikeWatch
@@ -32,8 +33,8 @@ from headway.training.guards import LossScale, SpikeWatch
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
-# Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
-FREE = {"output", "data.path", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
+# Where a file lies does not matter, what it holds and its share are compared by hash; threads, dtype, device are R11's.
+FREE = {"output", "data.path", "data.mixture", "tokenizer.path", "train.threads", "train.dtype", "train.device"}
 FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
 OVERRIDABLE = {"budget", "data.valid_path"} | {
@@ -196,7 +197,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:
-    if isinstance(value, Mapping) and (value or not path):
+    if isinstance(value, Mapping) and (value or not path) and path not in WHOLE:
         inner = [_flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()]
         return {key: item for part in inner for key, item in part.items()}
     return {path: value}

@@ -35,6 +35,7 @@ from headway.data.encode import (
 )
 from headway.data.examples import Examples
 from headway.data.forms import Chat, Example, Labelled, Pair, Question, Tagged
+from headway.data.mixture import MixedRows
 from headway.errors import ConfigError, InputError
 from headway.training.objectives import ShuffledExamples, TrainingBatch
 
@@ -162,17 +163,22 @@ class ExampleBatches:
             return inputs
         return _interleaved(inputs, self._pads["input_ids"], self.examples, ids)
 
-    def shuffled(self, batch_size: int, seed: int, tokenizer_hash: str) -> ShuffledExamples[int]:
-        """The endless stream for training, rows of similar lengths together."""
-        identity = {"data": self.examples.hash, "tokenizer": tokenizer_hash}
+    def shuffled(
+        self, batch_size: int, seed: int, tokenizer_hash: str, mixed: MixedRows | None = None
+    ) -> ShuffledExamples[int]:
+        """The endless stream for training, rows of similar lengths together; `mixed` are their shares, if of several
+        sources."""
+        made_of = self.examples.hash if mixed is None else mixed.mixture.sign([self.examples.hash])
+        identity = {"data": made_of, "tokenizer": tokenizer_hash}
         numbers = range(len(self.examples))
         lengths = self.examples.lengths
-        return ShuffledExamples(numbers, lambda ids, _: self.collate(ids), batch_size, seed, identity, lengths)
+        return ShuffledExamples(numbers, lambda ids, _: self.collate(ids), batch_size, seed, identity, lengths, mixed)
 
-    def in_order(self, batch_size: int, limit: int) -> Iterator[TrainingBatch]:
-        """The same `limit` examples every time, spread over all of them, longest first."""
-        count = min(limit, len(self.examples))
-        chosen = [place * len(self.examples) // count for place in range(count)]
+    def in_order(self, batch_size: int, limit: int, among: range | None = None) -> Iterator[TrainingBatch]:
+        """The same `limit` examples every time, spread over all of them or those of `among`, longest first."""
+        among = range(len(self.examples)) if among is None else among
+        count = min(limit, len(among))
+        chosen = [among[place * len(among) // count] for place in range(count)]
         lengths = self.examples.lengths
         chosen.sort(key=lambda number: -int(lengths[number]))
         for begin in range(0, count, batch_size):
