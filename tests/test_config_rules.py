@@ -101,6 +101,8 @@ RUN_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     (("train.warmup", "train.steps"), {"train": {"warmup": 11, "steps": 10}}),
     (("train.batch_size", "train.accumulation"), {"train": {"batch_size": 7, "accumulation": 2}}),
     (("train.batch_size", "train.accumulation"), {"train": {"batch_size": 1, "accumulation": 2}}),
+    (("train.batch_size", "train.batch_tokens"), {"train": {"batch_size": 8, "batch_tokens": 512}}),
+    (("data.mixture", "train.batch_tokens"), {"data": {"mixture": {"a": 1.0}}, "train": {"batch_tokens": 512}}),
     (("budget", "train.steps"), {"budget": "3m", "train": {"steps": 10}}),
     (("budget", "train.epochs"), {"budget": "3m", "train": {"epochs": 2.0}}),
     (("base", "model"), {"base": "a", "model": {"d_model": 64, "n_heads": 1}}),

@@ -14,7 +14,8 @@ import pytest
 from headway import assess, loading
 from headway.checkpoints.folder import newest_good
 from headway.errors import ConfigError, InputError
-from headway.launch import Launch, Note, Plan, RunEvent, train
+from headway.launch import Launch, Note, Plan, RunEvent, foretell, train
+from headway.run_config import load_run
 from headway.training import loop
 from headway.training.events import EvalEvent
 
@@ -131,6 +132,65 @@ def test_a_mixture_of_one_is_that_source(tmp_path: Path) -> None:
     train(run)
     train({**mixed(tmp_path, "text", {str(path): 5.0}), "output": str(tmp_path / "mixed")})
     assert state(tmp_path / "alone") == state(tmp_path / "mixed")
+
+
+@pytest.mark.fault("R7")
+@pytest.mark.parametrize(
+    "name", ["classes", "tags", "an answer's place", "sequence to sequence", "prompt and completion", "contrastive"]
+)
+def test_a_budget_of_tokens_trains_and_resumes(tmp_path: Path, name: str) -> None:
+    make, fields, _ = CASES[name]
+    path = rows_file(tmp_path, make, 90)
+
+    def run(folder: str, **some: Any) -> dict[str, Any]:
+        made = config(path, {**fields, "output": str(tmp_path / folder)}, schedule="constant", warmup=0, **some)
+        del made["train"]["batch_size"]
+        return {**made, "train": {**made["train"], "batch_tokens": 150, "accumulation": 2}}
+
+    straight = train(run("straight"))
+    plan = straight.plan
+    assert plan.run.train.batch_size is None and any("up to 150 tokens" in line for line in plan.lines())
+    source = plan.material.source(plan.model, plan.run)
+    pass_steps = plan.material.facts.batches(150)
+    seen = []
+    for cursor in range(pass_steps):
+        inputs = source.batch(cursor).inputs
+        both = [inputs["input_ids"], *([inputs["labels"]] if plan.model.kind == "encoder-decoder" else [])]
+        assert sum(table.numel() for table in both) <= 150
+        seen += source.batch(cursor).sample_ids
+    assert sorted(seen) == list(range(plan.material.sizes[0]))
+    assert all(batch.inputs["input_ids"].numel() <= 150 for batch in plan.material.evaluation(plan.model, plan.run))
+    train(run("half", steps=3))
+    train(run("half"), Launch(resume="must", override=True))
+    assert state(tmp_path / "half") == state(tmp_path / "straight")
+    # The written config is read again; two passes over the data are twice the batches of one.
+    assert load_run([tmp_path / "half" / "config.yaml"], [], {}).run.train.batch_tokens == 150
+    whole = {**run("epochs"), "train": {**run("epochs")["train"], "steps": None, "epochs": 2.0}}
+    assert train(whole, Launch(dry_run=True)).plan.run.train.steps == 2 * pass_steps
+
+
+def test_a_budget_of_tokens_is_foretold(tmp_path: Path) -> None:
+    run = config(rows_file(tmp_path, pair, 90), {"output": str(tmp_path / "run")})
+    run["train"] = {**run["train"], "batch_size": None, "batch_tokens": 150, "accumulation": 2}
+    plan = train(run, Launch(dry_run=True)).plan
+    rows = plan.material.facts.rows_of_batch(plan.run.train)
+    assert rows == plan.material.sizes[0] / plan.material.facts.batches(150)
+    assert foretell(plan).largest > rows / 2
+
+
+@pytest.mark.fault("R19")
+def test_a_budget_that_does_not_go_with_the_data_is_refused(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, labelled)
+    run = config(path, {"output": str(tmp_path / "run")})
+    run["train"] = {"steps": 1, "threads": 1, "batch_tokens": 8}
+    with pytest.raises(
+        InputError, match=r"train\.batch_tokens: \d+ of \d+ examples are longer, number \d+ has \d+ tokens"
+    ):
+        train(run)
+    (tmp_path / "text").mkdir()
+    run["data"] = {"path": str(rows_file(tmp_path / "text", text)), "context": 16}
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens: 8 tokens of windows, which are all of one length"):
+        train(run)
 
 
 def test_images_train_and_are_measured(tmp_path: Path) -> None:

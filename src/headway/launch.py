@@ -6,6 +6,7 @@ the sizes, the config. `resume` starts from the run folder's own config.yaml.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,10 @@ class Plan:
             ratio = f" ({made.bytes / max(n_train, 1):.2f} bytes per token)"
             rows = f"{t.batch_size} x {self.run.data.context} tokens"
         else:
-            seen, ratio, rows = (t.steps or 0) * (t.batch_size or 1), "", f"{t.batch_size} {made.unit}"
+            seen, ratio = round((t.steps or 0) * made.facts.rows_of_batch(t)), ""
+            rows = f"{t.batch_size} {made.unit}"
+            if t.batch_tokens is not None:
+                rows = f"up to {t.batch_tokens:,} tokens, {made.facts.rows_of_batch(t):.1f} {made.unit} on average"
         words = made.tokenizer
         return [
             f"data: {n_train:,} {made.unit} to train, {n_valid:,} held out{ratio}",
@@ -203,7 +207,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent) -> RunResult
     # What budget and epochs gave is in train.steps now; a config that states both would be refused when read again.
     settled = {"budget": None, "train": run.train.model_copy(update={"threads": threads, "epochs": None})}
     run = run.model_copy(update=settled)
-    assert run.data.context is not None and run.train.batch_size is not None and run.train.steps is not None
+    assert run.data.context is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
     model = _model(config, made).to(device)
     plan = Plan(run, config, sum(parameters(config).values()), made, threads, choice.reason)
@@ -229,7 +233,9 @@ def foretell(plan: Plan) -> Forecast:
     run, made = plan.run, plan.material
     assert run.data.context is not None
     clock = partial(time_step, device=_device(run.train.device), trial=made.trial)
-    return forecast(plan.model, run.train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
+    rows = math.ceil(made.facts.rows_of_batch(run.train) / run.train.accumulation) * run.train.accumulation
+    train = run.train.model_copy(update={"batch_size": rows})
+    return forecast(plan.model, train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
 def _model(config: ModelConfig, made: Material) -> Transformer:

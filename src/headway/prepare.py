@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +121,17 @@ def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: S
     Raises ConfigError, InputError, MachineError.
     """
     where = _Where(run, folder, resuming and bool(list_checkpoints(folder)), dry_run, say, progress)
-    if run.data.path is not None and is_images(run.data.path):
+    made = _material(where)
+    if run.train.batch_tokens is not None and made.facts.batches is None:
+        kind = {"tokens": "windows"}.get(made.unit, made.unit)
+        found = f"{run.train.batch_tokens} tokens of {kind}, which are all of one length"
+        raise ConfigError("train.batch_tokens", found, "examples of different lengths", "train.batch_size=32")
+    return made
+
+
+def _material(where: _Where) -> Material:
+    path = where.run.data.path
+    if path is not None and is_images(path):
         return _pictures(where)
     (first, example), *others = [(path, _first_example(where, path)) for path in where.weights]
     for path, other in others:
@@ -404,13 +414,17 @@ def _rows(where: _Where, form: type) -> Material:
     counts, held = [len(one.train) for one in found], [len(one.valid) for one in found]
 
     def source(model: ModelConfig, run: RunConfig) -> BatchSource:
-        mixed = MixedRows(Mixture(where.weights, run.train.seed), counts) if len(found) > 1 else None
-        return batches[0].shuffled(run.train.batch_size or 1, run.train.seed, tokenizer.hash, mixed)
+        t = run.train
+        if t.batch_tokens is not None:
+            return batches[0].budgeted(t.batch_tokens, t.seed, tokenizer.hash)
+        mixed = MixedRows(Mixture(where.weights, t.seed), counts) if len(found) > 1 else None
+        return batches[0].shuffled(t.batch_size or 1, t.seed, tokenizer.hash, mixed)
 
     def evaluation(model: ModelConfig, run: RunConfig) -> Iterable[TrainingBatch]:
-        ends, limits = np.cumsum(held).tolist(), mixture.split(run.train.eval_rows)
+        ends, limits, t = np.cumsum(held).tolist(), mixture.split(run.train.eval_rows), run.train
         among = [range(end - count, end) for end, count in zip(ends, held, strict=True)]
-        passes = (batches[1].in_order(run.train.batch_size or 1, *one) for one in zip(limits, among, strict=True))
+        some = zip(limits, among, strict=True)
+        passes = (batches[1].in_order(t.batch_size or 1, *one, t.batch_tokens) for one in some)
         return by_source(dict(zip(mixture.names, passes, strict=True)))
 
     def trial(model: ModelConfig, rows: int, context: int) -> Mapping[str, Tensor]:
@@ -419,7 +433,14 @@ def _rows(where: _Where, form: type) -> Material:
     return Material(
         run,
         tokenizer,
-        Facts(train.tokens, fields, len(train), _longest([train, valid], task, longest), config),
+        Facts(
+            train.tokens,
+            fields,
+            len(train),
+            _longest([train, valid], task, longest),
+            config,
+            lru_cache(lambda budget: batches[0].budgeted(budget, 0, "").batches),
+        ),
         (len(train), len(valid)),
         "examples",
         source,

@@ -166,15 +166,17 @@ class TokenizerConfig(Frozen):
 class Train(Frozen):
     """The optimization. None means: derived by the recipe and written into the resolved config.
 
-    `batch_size` is sequences per update, split into `accumulation` passes. `lr` is the peak rate and
-    `muon_lr` that of Muon's matrices; `beta1` and `beta2` are AdamW's and Lion's. `warmup` counts steps; `schedule`
-    wsd decays over its last `decay` share. `z_loss` weighs log^2 Z (arXiv:2204.02311), `ema` is the decay of the
-    averaged weights, `checkpoint_activations` runs blocks twice for less memory, to the same bits.
+    `batch_size` is sequences per update, split into `accumulation` passes; `batch_tokens` instead is the most tokens of
+    an update of examples: input, target and padding. `lr` is the peak rate and `muon_lr` that of Muon's matrices;
+    `beta1` and `beta2` are AdamW's and Lion's. `warmup` counts steps; `schedule` wsd decays over its last `decay`
+    share. `z_loss` weighs log^2 Z (arXiv:2204.02311), `ema` is the decay of the averaged weights,
+    `checkpoint_activations` runs blocks twice for less memory, to the same bits.
     """
 
     steps: Count | None = None
     epochs: PositiveReal | None = None
     batch_size: Positive | None = None
+    batch_tokens: Positive | None = None
     accumulation: Positive = 1
     optimizer: Literal["adamw", "muon", "lion", "adafactor"] = "muon"
     lr: PositiveReal | None = None
@@ -236,6 +238,20 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: f"batch of {r.train.batch_size} in {r.train.accumulation} passes",
         "a batch that the passes divide",
         lambda r: f"train.batch_size={nearest_multiples(r.train.batch_size, r.train.accumulation)}",
+    ),
+    Rule(
+        ("train.batch_size", "train.batch_tokens"),
+        lambda r: r.train.batch_size is not None and r.train.batch_tokens is not None,
+        lambda r: f"batches of {r.train.batch_size} rows and of {r.train.batch_tokens} tokens",
+        "one of the two",
+        lambda r: "leave out train.batch_size",
+    ),
+    Rule(
+        ("data.mixture", "train.batch_tokens"),
+        lambda r: bool(r.data.mixture) and r.train.batch_tokens is not None,
+        lambda r: f"batches of {r.train.batch_tokens} tokens of a mixture, whose shares count rows",
+        "batches of so many rows",
+        lambda r: "leave out train.batch_tokens",
     ),
     Rule(
         ("budget", "train.steps"),

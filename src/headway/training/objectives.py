@@ -130,6 +130,11 @@ def _causal(batch: Batch, token_bytes: Tensor | None) -> TrainingBatch:
     return TrainingBatch(inputs, batch.sample_ids, size)
 
 
+def stream(seed: int, use: int, number: int) -> np.random.Generator:
+    """Philox is counter-based: a key of (seed, use and number) gives an independent stream each; `use` is 0 or 1."""
+    return np.random.Generator(np.random.Philox(key=[seed, (number << 1) | use]))
+
+
 class ShuffledExamples(Generic[Example]):
     """Batches of any examples: each epoch in a fresh order, every example once per epoch (or in a mixture's shares).
 
@@ -170,12 +175,12 @@ class ShuffledExamples(Generic[Example]):
         """Batch number `cursor`; it may span two epochs."""
         places = range(cursor * self._size, (cursor + 1) * self._size)
         ids = [self._order(place // self._rows)[place % self._rows] for place in places]
-        inputs = self._collate([self._examples[number] for number in ids], self._generator(1, cursor))
+        inputs = self._collate([self._examples[number] for number in ids], stream(self._seed, 1, cursor))
         return TrainingBatch(inputs, ids)
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            rng = self._generator(0, epoch)
+            rng = stream(self._seed, 0, epoch)
             order = rng.permutation(self._rows) if self._mixed is None else self._mixed.epoch(epoch)
             if self._lengths is not None:
                 order = self._bucketed(order, -epoch * len(order) % self._size, self._lengths, rng)
@@ -192,10 +197,6 @@ class ShuffledExamples(Generic[Example]):
         whole = [number for number, batch in enumerate(batches) if len(batch) == self._size and number]
         moved = dict(zip(whole, rng.permutation(whole).tolist(), strict=True)) if whole else {}
         return np.concatenate([batches[moved.get(number, number)] for number in range(len(batches))])
-
-    def _generator(self, use: int, number: int) -> np.random.Generator:
-        """Philox is counter-based: a key of (seed, use and number) gives an independent stream each."""
-        return np.random.Generator(np.random.Philox(key=[self._seed, (number << 1) | use]))
 
 
 def token_byte_lengths(pieces: Iterable[bytes]) -> Tensor:
