@@ -28,6 +28,7 @@ from headway.data.examples import Column, Sides, encode_all, gather, prepare_exa
 from headway.data.forms import Answer, Chat, Labelled, Message, Pair, Question, Tagged
 from headway.errors import InputError
 from headway.text import Tokenizer, train_tokenizer
+from headway.training.tasks import paired
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. It was late in the year 1850, and nobody knew why." * 20]
 BPE = train_tokenizer(TEXTS, "bpe", 400, special_tokens=["<|endoftext|>", "<pad>"])
@@ -191,6 +192,29 @@ def pairs(count: int) -> list[Pair]:
     return [
         Pair("the fox " * (number % 5 + 1), "the dog " * (number % 3 + 1), f"f:{number}") for number in range(count)
     ]
+
+
+FORMS = [
+    ([Pair(f"brown {n}", f"fox {n % 7}", "f") for n in range(3000)], translation),
+    ([Pair(f"brown {n}", f"fox {n % 7}", "f") for n in range(3000)], completion),
+    ([Pair(f"brown {n}", f"fox {n % 7}", "f") for n in range(3000)], paired),
+    ([Labelled(f"late {n}", f"year {n}" if n % 2 else None, "a", "f") for n in range(3000)], labelled),
+    ([Tagged(("the", f"fox{n}", "the"), ("O", "B", "O"), "f") for n in range(3000)], tagged),
+    ([Question(f"who {n}", "the fox did", (Answer("fox", 4),), "f") for n in range(3000)], answered),
+]
+
+
+@pytest.mark.parametrize(("rows", "encode"), FORMS, ids=[encode.__name__ for _, encode in FORMS])
+def test_texts_of_many_rows_are_encoded_together(rows, encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns are those of one row at a time; the tokenizer is called once for a thousand rows."""
+    names = ("a", "O", "B")
+    apart = [one for row in rows for one in encode(row, Coder(BPE, 100, 100, names))]
+    calls: list[int] = []
+    real = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(len(texts)) or real(self, texts))
+    together = list(encode_all(rows, encode, Coder(BPE, 100, 100, names), Losses()))
+    assert together == apart
+    assert len(calls) == 3 and sum(calls) >= 3000
 
 
 def test_columns_are_padded_to_the_longest_of_the_batch() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from headway.data.encode import Coder, Encode, Encoded, Losses
 from headway.errors import InputError
 from headway.strict import dump_json, strict_json
 
+_TOGETHER = 1024  # examples
 TENSORS, META = "examples.safetensors", "manifest.json"
 _VERSION = 2  # of how rows become columns and sides; raise it when that changes
 
@@ -122,11 +124,14 @@ class Examples:
 
 
 def encode_all(examples: Iterable[Any], encode: Encode, coder: Coder, losses: Losses) -> Iterator[Encoded]:
-    """Every example through the encoder; what was cut is counted in `losses`."""
-    for example in examples:
-        for one in encode(example, coder):
-            losses.see(one)
-            yield one
+    """Every example through the encoder; what was cut is counted in `losses`. Texts of many examples go together."""
+    waiting = iter(examples)
+    while some := list(islice(waiting, _TOGETHER)):
+        coder.ahead(some)
+        for example in some:
+            for one in encode(example, coder):
+                losses.see(one)
+                yield one
 
 
 def gather(encoded: Iterable[Encoded], made_of: str) -> Examples:

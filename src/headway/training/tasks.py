@@ -72,9 +72,8 @@ class Task:
 
 def paired(pair: Pair, coder: Coder) -> Iterator[Encoded]:
     """Two texts that belong together, each on its own."""
-    words = coder.tokenizer
-    first, _, cut = framed(words.encode(pair.source), None, coder)
-    second, _, more = framed(words.encode(pair.target), None, coder)
+    first, _, cut = framed(coder.ids(pair.source), None, coder)
+    second, _, more = framed(coder.ids(pair.target), None, coder)
     yield Encoded({"input_ids": first["input_ids"], SECOND: second["input_ids"]}, pair.where, cut + more)
 
 
