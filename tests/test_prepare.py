@@ -19,6 +19,7 @@ from headway.run_config import load_run
 from headway.training import loop
 from headway.training.events import EvalEvent
 
+import recording_toys  # isort: skip
 from objective_cases import CASES, SMALL, config, labelled, number, pair, rows_file, text  # isort: skip
 
 
@@ -121,6 +122,9 @@ def test_what_cannot_be_mixed_is_refused_with_its_source(tmp_path: Path) -> None
         train(mixed(tmp_path, "classes", {**weights, str(tmp_path / "nowhere.jsonl"): 1.0}))
     with pytest.raises(InputError, match=r"x\*: no file or folder matches"):
         train(mixed(tmp_path, "classes", {**weights, str(tmp_path / "x*"): 1.0}))
+    tones = recording_toys.folder(tmp_path / "tones", 2)
+    with pytest.raises(InputError, match=rf"data\.mixture\.{tones}: recordings; expected text or rows"):
+        train(mixed(tmp_path, "classes", {**weights, str(tones): 1.0}))
     for weight in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=r"^data\.mixture\.a\.txt: "):
             train(mixed(tmp_path, "classes", {"a.txt": weight}))
@@ -207,6 +211,35 @@ def test_images_train_and_are_measured(tmp_path: Path) -> None:
     (accuracy, *_) = assess.assess(loading.load(tmp_path / "run"), str(tmp_path))
     assert accuracy.name == "accuracy" and accuracy.interval.n == 20
     assert accuracy.interval.value >= 0.8  # three shades of grey; chance is a third
+
+
+@pytest.mark.fault("R7")
+def test_recordings_train_resume_and_are_measured(tmp_path: Path) -> None:
+    place = tmp_path / "tones"
+    recording_toys.folder(place / "train", 20)
+    recording_toys.folder(place / "test", 8, seed=1)
+    data = {"bins": 16}
+    run = config(place, {"output": str(tmp_path / "run"), "data": data}, steps=60, lr=0.01, batch_size=16)
+    done = train(run)
+    assert done.plan.model.kind == "encoder" and done.plan.model.head.labels == 3
+    assert done.plan.run.objective.type == "audio-classification" and not (tmp_path / "run" / "tokenizer.json").exists()
+    (accuracy, *_) = assess.assess(loading.load(tmp_path / "run"), str(place))
+    assert accuracy.name == "accuracy" and accuracy.interval.n == 24
+    assert accuracy.interval.value >= 0.9  # three pitches; chance is a third
+
+    def few(folder: str, **some: Any) -> dict[str, Any]:
+        return config(place, {"output": str(tmp_path / folder), "data": data}, schedule="constant", warmup=0, **some)
+
+    train(few("straight"))
+    train(few("half", steps=3))
+    train(few("half"), Launch(resume="must", override=True))
+    assert state(tmp_path / "half") == state(tmp_path / "straight")
+    with pytest.raises(ConfigError, match=r"objective: seq2seq for audio data.*audio-classification"):
+        train({**few("other"), "objective": "seq2seq"})
+    with pytest.raises(ConfigError, match="base: a published model for audio data"):
+        train({**few("other"), "base": str(tmp_path / "run"), "model": {}})
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens: 9 tokens of recordings"):
+        train({**few("other"), "train": {"batch_tokens": 9, "steps": 1}})
 
 
 def test_a_published_model_is_trained_further(tmp_path: Path) -> None:

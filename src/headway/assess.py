@@ -1,4 +1,4 @@
-"""A trained model measured on labelled data: rows or images -> predictions -> metrics with intervals.
+"""A trained model measured on labelled data: rows, images or recordings -> predictions -> metrics with intervals.
 
 What is measured follows from the model's head and the rows' form: classes, tags, answers, translations, neighbours.
 """
@@ -18,6 +18,7 @@ from headway.data.encode import Coder, Losses
 from headway.data.examples import encode_all, gather
 from headway.data.forms import Example, Labelled, Pair, Question, Tagged, examples
 from headway.data.images import held_out_images
+from headway.data.recordings import held_out_recordings
 from headway.data.rows import find_tables, read_rows
 from headway.data.sources import ReadOptions, ReadReport
 from headway.errors import ConfigError, InputError
@@ -25,8 +26,9 @@ from headway.evaluation.embed import embed
 from headway.evaluation.interval import Measured
 from headway.evaluation.metrics import METRICS, measure
 from headway.evaluation.predict import answers, in_order, outputs, ranks_of
-from headway.run_config import ImageClassification, load_run
-from headway.training.pictures import ImageBatches
+from headway.run_config import AudioClassification, ImageClassification, load_run
+from headway.training.pictures import ImageBatches, SignalBatches
+from headway.training.recordings import RecordingBatches
 from headway.training.tasks import TASKS, ExampleBatches
 
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
@@ -69,7 +71,7 @@ class How:
 
 
 def assess(loaded: loading.Loaded, data: str, metrics: Sequence[str] = (), how: How | None = None) -> list[Measured]:
-    """Measure a model on a file of rows or a folder of images.
+    """Measure a model on a file of rows, or a folder of images or recordings.
 
     Raises ConfigError for a metric that does not go with the data, InputError for data that do not go with the model.
     """
@@ -95,8 +97,8 @@ def class_names(loaded: loading.Loaded) -> tuple[str, ...]:
 def predicted(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     """A model's answers beside the true ones."""
     head, kind = loaded.config.head.type, loaded.config.kind
-    if kind == "vision":
-        return _images(loaded, data, how)
+    if not loaded.config.vocab_size:
+        return _signals(loaded, data, how)
     report = ReadReport()
     files = find_tables(data, how.read, report)
     rows = (row for file in files for row in read_rows(file, how.read, report, how.columns))
@@ -185,14 +187,22 @@ def _neighbours(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Pred
     return Predicted("ranks", (ranks_of(queries, known, [places[one.target] for one in found]),))
 
 
-def _images(loaded: loading.Loaded, data: str, how: How) -> Predicted:
-    patch = loaded.config.embeddings.patch
-    images = held_out_images(data, patch.image if patch else 0)
-    assert images is not None
-    batches = ImageBatches(images, ImageClassification()).in_order(how.rows, how.limit or len(images.labels))
-    seen: list[int] = []
-    table = in_order(outputs(loaded.model, _noted(batches, seen), lambda done: how.progress(done, len(images.labels))))
-    return Predicted("labels", (table.argmax(1), images.labels[np.array(sorted(seen))]))
+def _signals(loaded: loading.Loaded, data: str, how: How) -> Predicted:
+    """Images or recordings: the held-out side of a set, or all of one without sides."""
+    patch, audio = loaded.config.embeddings.patch, loaded.config.embeddings.audio
+    batches: SignalBatches
+    if patch is not None:
+        images = held_out_images(data, patch.image)
+        assert images is not None
+        labels, batches = images.labels, ImageBatches(images, ImageClassification())
+    else:
+        assert audio is not None
+        recordings = held_out_recordings(data, audio.bins, audio.frames, how.labels or class_names(loaded))
+        labels, batches = recordings.labels, RecordingBatches(recordings, AudioClassification())
+    count, seen = how.limit or len(labels), list[int]()
+    some = _noted(batches.in_order(how.rows, count), seen)
+    table = in_order(outputs(loaded.model, some, lambda done: how.progress(done, count)))
+    return Predicted("labels", (table.argmax(1), labels[np.array(sorted(seen))]))
 
 
 def _noted(batches: Any, seen: list[int]) -> Any:

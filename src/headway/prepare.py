@@ -1,8 +1,9 @@
-"""From what a run config names to what the recipe and the loop ask for: text, examples or images, one `Material` each.
+"""From what a run config names to what the recipe and the loop ask for: text, examples, images or sound, as `Material`.
 
     data.path --> running text --> corpus, tokenizer, token stores   --> windows     (training/windows.py)
               --> rows         --> examples, tokenizer, columns      --> examples    (training/tasks.py)
               --> images       --> pixels and labels                 --> pictures    (training/pictures.py)
+              --> recordings   --> spectrograms and labels           --> recordings  (training/recordings.py)
     data.mixture: text or rows of one form from several such places, in shares  (data/mixture.py)
 
 Everything that can be wrong with the data is found here, before anything long begins. Tokens and columns are kept by
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +35,7 @@ from headway.data.examples import Examples, Sides, encode_all, gather, prepare_e
 from headway.data.forms import Example, Labelled, Text, examples, split
 from headway.data.images import find_images, is_images
 from headway.data.mixture import MixedBatches, MixedRows, Mixture
+from headway.data.recordings import find_recordings, is_recordings
 from headway.data.rows import find_tables, is_table, read_rows
 from headway.data.sources import is_rows
 from headway.errors import ConfigError, InputError, MachineError
@@ -47,8 +49,9 @@ from headway.training.objectives import (
     causal_evaluation,
     token_byte_lengths,
 )
-from headway.training.pictures import ImageBatches, patch_of
+from headway.training.pictures import ImageBatches, SignalBatches, patch_of
 from headway.training.recipe import Facts, Trial, random_windows
+from headway.training.recordings import RecordingBatches
 from headway.training.tasks import Classes, ExampleBatches, Task, choose, classes_of, head_fields
 from headway.training.windows import (
     CorruptedWindows,
@@ -85,9 +88,10 @@ class Material:
 
     Attributes:
         run: the run with objective and class names filled in.
-        tokenizer: None for images.
+        tokenizer: None for images and recordings.
         facts: for the recipe.
-        sizes: (training, held-out) tokens, rows or images; `unit` says which. bytes: of the training side's text.
+        sizes: (training, held-out) tokens, rows, images or recordings; `unit` says which.
+        bytes: of the training side's text.
         source, evaluation: the batches, once model and run are settled.
         trial: a batch of the given rows for timing a step.
         base: the published model that is trained further.
@@ -130,9 +134,14 @@ def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: S
 
 
 def _material(where: _Where) -> Material:
-    path = where.run.data.path
-    if path is not None and is_images(path):
-        return _pictures(where)
+    for what, is_signal, read in (("images", is_images, _pictures), ("recordings", is_recordings, _recordings)):
+        found = [path for path in where.weights if is_signal(path)]
+        if found and where.run.data.mixture:
+            raise InputError(
+                f"data.mixture.{found[0]}", what, "text or rows", f"a run of its own: data.path={found[0]}"
+            )
+        if found:
+            return read(where)
     (first, example), *others = [(path, _first_example(where, path)) for path in where.weights]
     for path, other in others:
         if _form(other) != _form(example):
@@ -513,36 +522,72 @@ def _shape(
     return fields, base.config if head is None else with_fields(base.config, head=head)
 
 
-# --- images ----------------------------------------------------------------------------------------------------
+# --- images and recordings -------------------------------------------------------------------------------------
 
 
 def _pictures(where: _Where) -> Material:
-    run, d = where.run, where.run.data
-    if run.base is not None:
-        raise ConfigError("base", "a published model for images", "a new one", "leave out base")
+    d, objective = where.run.data, _signal_objective(where, rc.ImageClassification())
     train, valid = find_images(str(d.path), d.valid_path, d.image, d.val_fraction)
-    objective = run.objective or rc.ImageClassification()
-    if not isinstance(objective, rc.ImageClassification):
-        raise ConfigError("objective", f"{objective.type} for images ({d.path})", "image-classification")
-    where.say(f"{d.path}: {len(train.labels):,} images to train on, {len(valid.labels):,} held out")
     batches = ImageBatches(train, objective), ImageBatches(valid, objective)
     _, channels, side, _ = train.pixels.shape
     patch = d.patch or patch_of(side)
+    positions = (side // patch) ** 2
     fields = {
         "kind": "vision",
-        "vocab_size": 0,
-        "positions": "learned",
-        "max_len": (side // patch) ** 2,
         "embeddings": {"patch": {"size": patch, "image": side, "channels": channels, "first_token": False}},
         "head": {"type": "image-classification", "labels": len(train.names), "pooling": "mean"},
     }
-    positions = (side // patch) ** 2
+    return _signals(where, objective, batches, train.names, (positions, fields))
+
+
+def _recordings(where: _Where) -> Material:
+    d, objective = where.run.data, _signal_objective(where, rc.AudioClassification())
+    progress = partial(where.progress, "recordings")
+    train, valid = find_recordings(str(d.path), d.valid_path, d.seconds, d.bins, d.val_fraction, progress)
+    batches = RecordingBatches(train, objective), RecordingBatches(valid, objective)
+    frames = train.features.shape[2]
+    fields = {
+        "kind": "encoder",
+        "embeddings": {"audio": {"bins": d.bins, "frames": frames}},
+        "head": {"type": "sequence-classification", "labels": len(train.names), "pooling": "mean"},
+    }
+    return _signals(where, objective, batches, train.names, ((frames + 1) // 2, fields))
+
+
+_Signal = TypeVar("_Signal", rc.ImageClassification, rc.AudioClassification)
+
+
+def _signal_objective(where: _Where, default: _Signal) -> _Signal:
+    """The run's objective. Raises ConfigError for another than the data's, or a published model."""
+    what = default.type.removesuffix("-classification")
+    if where.run.base is not None:
+        raise ConfigError("base", f"a published model for {what} data", "a new one", "leave out base")
+    objective = where.run.objective or default
+    if not isinstance(objective, type(default)):
+        found = f"{objective.type} for {what} data ({where.run.data.path})"
+        raise ConfigError("objective", found, default.type, f"objective={default.type}")
+    return objective
+
+
+def _signals(
+    where: _Where,
+    objective: rc.Objective,
+    batches: tuple[SignalBatches, SignalBatches],
+    names: tuple[str, ...],
+    shape: tuple[int, dict[str, Any]],
+) -> Material:
+    """What images and recordings have in common; `shape` is a signal's positions and the fields of a new model."""
+    run, (positions, fields) = where.run, shape
+    n_train, n_valid = map(len, batches)
+    unit = "images" if fields["kind"] == "vision" else "recordings"
+    where.say(f"{run.data.path}: {n_train:,} {unit} to train on, {n_valid:,} held out")
+    fields = {**fields, "vocab_size": 0, "positions": "learned", "max_len": positions}
     return Material(
-        run.model_copy(update={"objective": objective, "data": d.model_copy(update={"labels": train.names})}),
+        run.model_copy(update={"objective": objective, "data": run.data.model_copy(update={"labels": names})}),
         None,
-        Facts(len(train.labels) * positions, fields, len(train.labels), positions),
-        (len(train.labels), len(valid.labels)),
-        "images",
+        Facts(n_train * positions, fields, n_train, positions),
+        (n_train, n_valid),
+        unit,
         lambda model, run: batches[0].shuffled(run.train.batch_size or 1, run.train.seed),
         lambda model, run: batches[1].in_order(run.train.batch_size or 1, run.train.eval_rows),
         lambda model, rows, context: batches[0].shuffled(rows, 0).batch(0).inputs,

@@ -43,8 +43,9 @@ class Data(Frozen):
     out when there is no `valid_path`. `isolate` keeps packed documents from attending to each other. For examples
     `context` is the longest input and `target` the longest target of an encoder-decoder; `columns` says which column
     of the file holds a field (`data.columns.text=sentence`), and `labels` names the classes (default: those found).
-    Images are brought to `image` pixels a side and cut into patches of `patch`. `mixture` stands for `path` where there
-    are several sources: a file, folder or glob and its weight among the rows of training, each.
+    Images are brought to `image` pixels a side and cut into patches of `patch`; recordings have `seconds` each and
+    `bins` of pitch. `mixture` stands for `path` where there are several sources: a file, folder or glob and its weight
+    among the rows of training, each.
     """
 
     path: str | None = None
@@ -56,6 +57,8 @@ class Data(Frozen):
     labels: Names = ()
     image: Positive | None = None
     patch: Positive | None = None
+    seconds: PositiveReal | None = None
+    bins: Positive = 80
     val_fraction: Share = 0.05
     isolate: bool = True
     encoding_errors: Literal["strict", "replace", "skip"] = "strict"
@@ -138,6 +141,13 @@ class ImageClassification(Frozen):
     flip: bool = True
 
 
+class AudioClassification(Frozen):
+    """One class per recording; training recordings are moved by up to `shift` frames of 10 ms."""
+
+    type: Literal["audio-classification"] = "audio-classification"
+    shift: Count = 10
+
+
 Objective = Annotated[
     CausalLM
     | MaskedLM
@@ -148,7 +158,8 @@ Objective = Annotated[
     | TokenClassification
     | Span
     | Contrastive
-    | ImageClassification,
+    | ImageClassification
+    | AudioClassification,
     Field(discriminator="type"),
     BeforeValidator(as_tagged),
 ]
@@ -337,6 +348,9 @@ def check_model_fields(fields: Mapping[str, object]) -> None:
         raise ConfigError("model.depth", f"{depth!r} ({type(depth).__name__})", "an integer from 1 to 1024")
     given = {key: value for key, value in fields.items() if key != "depth"}
     probe: dict[str, Any] = {**_PROBE, **({"vocab_size": 0} if given.get("kind") == "vision" else {}), **given}
+    embeddings = given.get("embeddings")
+    if given.get("kind") == "encoder" and isinstance(embeddings, dict) and embeddings.get("audio") is not None:
+        probe = {**given, "d_model": given.get("d_model", 8), "n_layers": given.get("n_layers", 1)}
     probe.setdefault("n_heads", given.get("n_kv_heads", 1))
     if not {"d_model", "n_heads"} <= set(given):  # sizes left open are not held against those that are given
         probe.setdefault("d_head", 64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headway.data.images import ImageSet, mirrored, moved
@@ -19,31 +21,48 @@ def patch_of(side: int) -> int:
     return min(divisors, key=lambda size: (abs(side // size - 7), size))
 
 
-class ImageBatches:
+class SignalBatches(ABC):
+    """Labelled signals of one size, images or recordings, as batches."""
+
+    def __init__(self, labels: NDArray[np.int64], made_of: str) -> None:
+        self._labels, self._hash = labels, made_of
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @abstractmethod
+    def collate(self, ids: Sequence[int], rng: np.random.Generator | None) -> dict[str, Tensor]:
+        """These signals and their labels as a model's arguments; with a generator augmented by it."""
+
+    def numbers(self, ids: Sequence[int]) -> Tensor:
+        """The classes of these signals, (B,) int64."""
+        return torch.from_numpy(self._labels[np.asarray(ids)])
+
+    def shuffled(self, batch_size: int, seed: int) -> ShuffledExamples[int]:
+        """The endless stream for training."""
+        return ShuffledExamples(range(len(self._labels)), self.collate, batch_size, seed, {"data": self._hash})
+
+    def in_order(self, batch_size: int, limit: int) -> Iterator[TrainingBatch]:
+        """The same `limit` signals every time, spread over all of them, as they are."""
+        count = min(limit, len(self._labels))
+        chosen = [place * len(self._labels) // count for place in range(count)]
+        for begin in range(0, count, batch_size):
+            ids = chosen[begin : begin + batch_size]
+            yield TrainingBatch(self.collate(ids, None), ids)
+
+
+class ImageBatches(SignalBatches):
     """Images of one set as a model's arguments: floats from -1 to 1, as ViT's were."""
 
     def __init__(self, images: ImageSet, objective: ImageClassification) -> None:
-        self.images, self._objective = images, objective
+        super().__init__(images.labels, images.hash)
+        self._pixels, self._objective = images.pixels, objective
 
     def collate(self, ids: Sequence[int], rng: np.random.Generator | None) -> dict[str, Tensor]:
         """These images; with a generator moved and mirrored by it."""
-        pixels = torch.from_numpy(self.images.pixels[np.asarray(ids)]).float()
+        pixels = torch.from_numpy(self._pixels[np.asarray(ids)]).float()
         if rng is not None and self._objective.shift:
             pixels = moved(pixels, self._objective.shift, rng)
         if rng is not None and self._objective.flip:
             pixels = mirrored(pixels, rng)
-        labels = torch.from_numpy(self.images.labels[np.asarray(ids)])
-        return {"pixel_values": pixels / 127.5 - 1, "labels": labels}
-
-    def shuffled(self, batch_size: int, seed: int) -> ShuffledExamples[int]:
-        """The endless stream for training."""
-        numbers = range(len(self.images.labels))
-        return ShuffledExamples(numbers, self.collate, batch_size, seed, {"data": self.images.hash})
-
-    def in_order(self, batch_size: int, limit: int) -> Iterator[TrainingBatch]:
-        """The same `limit` images every time, spread over all of them, as they are."""
-        count = min(limit, len(self.images.labels))
-        chosen = [place * len(self.images.labels) // count for place in range(count)]
-        for begin in range(0, count, batch_size):
-            ids = chosen[begin : begin + batch_size]
-            yield TrainingBatch(self.collate(ids, None), ids)
+        return {"pixel_values": pixels / 127.5 - 1, "labels": self.numbers(ids)}
