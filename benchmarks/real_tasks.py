@@ -6,6 +6,8 @@
     questions    TREC's 6 types of question, fine-tuned all-MiniLM; beside it the bag of words
     fashion      Fashion-MNIST, a small ViT from nothing
     translation  Tatoeba English to Spanish, a small encoder-decoder from nothing; greedy, beam 4; copying the source
+    audio        spoken digits by a synthesiser, voices held out, from nothing; beside it regressions on spectrograms
+    dna          bits per base of a bacterium's genome, a small decoder from nothing; beside it Markov models
     spans        the place of the answer in SQuAD contexts, fine-tuned all-MiniLM; beside it the context's first words
 
 Data comes from packages of the registries, checked by hash. The last line is JSON: command, seed, seconds, figures with
@@ -20,6 +22,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import tarfile
 import time
@@ -205,12 +208,178 @@ def spans(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+BASES = "ACGT"
+BLOCK = 5_000  # bases of a region: genes are about a thousand long
+
+
+def genome() -> list[str]:
+    """Corynebacterium diphtheriae NCTC11397, 2,463,666 bases (NZ_LN831026.1), in regions of BLOCK."""
+    import gzip
+
+    name = "pyrodigal-3.7.1/src/pyrodigal/tests/data/GCF_001457455.1_NCTC11397_genomic.fna.gz"
+    with tarfile.open(wheel("pyrodigal", ".tar.gz")) as archive:
+        _, *lines = gzip.decompress(archive.extractfile(name).read()).decode().splitlines()
+    whole = "".join(lines).upper()
+    return [whole[begin : begin + BLOCK] for begin in range(0, len(whole), BLOCK)]
+
+
+def other_strand(region: str) -> str:
+    """What stands on the opposite strand, read in its own direction."""
+    return region[::-1].translate(str.maketrans(BASES, BASES[::-1]))
+
+
+def markov(regions: list[str], test: list[str], order: int) -> list[float]:
+    """Bits of each test region under the order-k Markov model of some regions, a quarter added to each count."""
+    counts = np.full((4**order, 4), 0.25)
+    for place, base in (contexts(region, order) for region in regions):
+        np.add.at(counts, (place, base), 1)
+    bits = -np.log2(counts / counts.sum(1, keepdims=True))
+    return [float(bits[contexts(region, order)].sum()) for region in test]
+
+
+def contexts(region: str, order: int) -> tuple[Any, Any]:
+    """(number of the `order` bases before, the base) for every base but the first 16."""
+    bases = np.array([BASES.index(base) for base in region])
+    place = sum((bases[16 - back - 1 : -back - 1] * 4**back for back in range(order)), np.zeros_like(bases[16:]))
+    return place, bases[16:]
+
+
+def dna(options: argparse.Namespace) -> dict[str, Any]:
+    """Whole regions are held out. Both strands are read in training, by the model and by the Markov models."""
+    from headway.evaluation import TextTokens, perplexity
+    from headway.evaluation.interval import ratio_interval
+
+    regions = genome()
+    test = [region for region in regions if is_held_out(region)]
+    known = [region for region in regions if region not in test]
+    both = [strand for region in known for strand in (region, other_strand(region))]
+    path = options.folder / "dna.jsonl"
+    path.write_text("".join(json.dumps({"text": region}) + "\n" for region in both))
+    loaded, seconds = fit(
+        options.folder / "dna",
+        model={"depth": options.depth or 2},
+        budget=f"{options.minutes or 8}m",
+        data={"path": str(path), "context": 256, "val_fraction": 0.03},
+        tokenizer={"kind": "char"},
+        train={"seed": options.seed, "sample_tokens": 0},
+    )
+    ours = []
+    for region in test:
+        ids = loaded.words.encode(region)
+        found = perplexity(loaded.model.eval(), [TextTokens.of(ids, loaded.words)], context=256, stride=64)
+        ours.append(found.bits_per_byte.value * found.bytes)  # a base is a byte
+    sizes = [len(region) for region in test]
+    orders = {order: markov(both, test, order) for order in range(11)}
+    best = min(orders, key=lambda order: sum(orders[order]))  # chosen on the test regions: to the baseline's advantage
+    # Per base, as the first base, or the first 16, of a region are not counted.
+    gain = [t / (n - 16) - o / (n - 1) for t, o, n in zip(orders[best], ours, sizes, strict=True)]
+    return {
+        "regions": [len(known), len(test)],
+        "seconds": seconds,
+        "bits per base": ratio_interval(ours, [size - 1 for size in sizes])._asdict(),
+        "composition": ratio_interval(orders[0], [size - 16 for size in sizes])._asdict(),
+        f"Markov, order {best}": ratio_interval(orders[best], [size - 16 for size in sizes])._asdict(),
+        "gain over Markov": ratio_interval(gain, [1.0] * len(gain))._asdict(),
+    }
+
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+VOICES = (*(f"m{n}" for n in range(1, 9)), *(f"f{n}" for n in range(1, 6)), "klatt2", "klatt4", "croak", "whisper")
+VOICES += (
+    "Alex",
+    "Andy",
+    "Annie",
+    "Denis",
+    "Gene",
+    "Jacky",
+    "Lee",
+    "Michael",
+    "Mike",
+    "adam",
+    "anika",
+    "belinda",
+    "ed",
+)
+VOICES += ("grandma", "grandpa", "linda", "max", "quincy", "rob", "steph", "travis", "victor", "zac")
+HELD_OUT = ("m4", "f3", "klatt4", "Annie", "Mike", "adam", "grandma", "max", "victor", "whisper")
+ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland")
+# One process speaks all: [voice, words a minute, pitch, word, file] a line; 16 bits at 22,050 Hz.
+SPEAK = """
+import ctypes, json, sys, wave
+library, heard = ctypes.CDLL(sys.argv[1] + "/libespeak-ng.so"), []
+kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+hear = kind(lambda wave, count, events: (heard.append(ctypes.string_at(wave, 2 * count)) if wave else None) or 0)
+assert library.espeak_Initialize(1, 0, sys.argv[1].encode(), 0) == 22050
+library.espeak_SetSynthCallback(hear)
+for line in sys.stdin:
+    voice, speed, pitch, word, path = json.loads(line)
+    assert library.espeak_SetVoiceByName(voice.encode()) == 0, voice
+    library.espeak_SetParameter(1, speed, 0)
+    library.espeak_SetParameter(3, pitch, 0)
+    heard.clear()
+    text = word.encode()
+    assert library.espeak_Synth(text, len(text) + 1, 0, 1, 0, 1, None, None) == 0
+    library.espeak_Synchronize()
+    with wave.open(path, "wb") as file:
+        file.setparams((1, 2, 22050, 0, "NONE", ""))
+        file.writeframes(b"".join(heard))
+"""
+
+
+def spoken_digits(place: Path) -> None:
+    """Ten digits by each voice in each accent, slow and fast (espeak-ng, GPL-3.0, in a process of its own)."""
+    lines, part = [], place.with_suffix(".part")
+    for voice in VOICES:
+        side = part / ("test" if voice in HELD_OUT else "train")
+        for accent in ACCENTS:
+            for speed, pitch in ((130, 40), (190, 60)):
+                for word in DIGITS:
+                    path = side / word / f"{voice}-{accent}-{speed}.wav"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    lines.append(json.dumps([f"{accent}+{voice}", speed, pitch, word, str(path)]))
+    library = unpacked("espeakng_loader", "espeakng_loader")
+    subprocess.run([sys.executable, "-c", SPEAK, str(library)], input="\n".join(lines), text=True, check=True)
+    part.rename(place)
+
+
+def audio(options: argparse.Namespace) -> dict[str, Any]:
+    """Synthetic voices, said so: an easy task, which shows the way from WAV files to a measured model."""
+    from sklearn.linear_model import LogisticRegression
+
+    from headway.data.recordings import find_recordings
+
+    place = options.folder / "digits"
+    if not place.exists():
+        spoken_digits(place)
+    loaded, seconds = fit(
+        options.folder / "audio",
+        model={"depth": options.depth or 2},
+        budget=f"{options.minutes or 3}m",
+        data={"path": str(place), "bins": 40},
+        train={"seed": options.seed},
+    )
+    train_set, test_set = find_recordings(place, None, None, 40, 0.1)
+    out = {
+        "recordings": [len(train_set.labels), len(test_set.labels)],
+        "voices": [len(VOICES) - len(HELD_OUT), len(HELD_OUT)],
+        "seconds": seconds,
+        **figures(assess(loaded, str(place), how=How(rows=128))),
+    }
+    for name, read in (("mean", lambda x: x.mean(2)), ("whole", lambda x: x.reshape(len(x), -1))):
+        model = LogisticRegression(max_iter=1000).fit(read(train_set.features), train_set.labels)
+        found = accuracy(model.predict(read(test_set.features)), test_set.labels)
+        out[f"regression on the {name} log-mel"] = found.interval._asdict()
+    return out
+
+
 def main() -> None:
     tasks: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "sentiment": lambda options: classified("sentiment", movies(), options),
         "questions": lambda options: classified("questions", questions(), options, 500, epochs=5.0, lr=1e-4),
         "fashion": fashion,
         "translation": translation,
+        "audio": audio,
+        "dna": dna,
         "spans": spans,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -287,6 +287,13 @@ def test_derived_values(fields: dict[str, Any], expected: dict[str, Any]):
     assert {name: flat[name] for name in expected} == expected
 
 
+def test_an_encoder_of_sound_needs_no_text_sizes():
+    sizes = {"d_model": 8, "n_layers": 1, "n_heads": 2, "kind": "encoder"}
+    made = ModelConfig(**sizes, embeddings={"audio": {"bins": 20, "frames": 31}})
+    assert (made.vocab_size, made.max_len, made.head.type) == (0, 16, "sequence-classification")
+    assert made.positions.type == "learned"
+
+
 def test_a_vision_model_needs_no_text_sizes():
     sizes = {"d_model": 8, "n_layers": 1, "n_heads": 2, "kind": "vision"}
     for first, count in ((True, 10), (False, 9)):

@@ -30,6 +30,7 @@ def rope(**scaling: Any) -> dict[str, Any]:
 LONG = {"type": "longrope", "original_len": 8, "short": [1.0] * 3, "long": [1.0] * 2}
 LLAMA = {"type": "llama3", "original_len": 8, "low_freq_factor": 4.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "original_len": 8}
+SOUND = {**ENCODER, "vocab_size": 0, "max_len": 10, "embeddings": {"audio": {"frames": 20}}}
 # The two fields of a rule, and fields that break this rule and no earlier one.
 MODEL_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     (("n_heads", "n_kv_heads"), {"n_heads": 8, "n_kv_heads": 3}),
@@ -57,11 +58,15 @@ MODEL_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
         ("embeddings.patch.image", "embeddings.patch.size"),
         {**VISION, "embeddings": {"patch": {"size": 4, "image": 10}}},
     ),
-    (("kind", "embeddings.audio"), {**ENCODER, "embeddings": {"audio": {}}}),
+    (("kind", "embeddings.audio"), {"embeddings": {"audio": {}}}),
+    (("embeddings.audio", "head"), {**SOUND, "head": "masked-lm"}),
+    (("embeddings.audio", "head"), {**SOUND, "head": "span"}),
+    (("embeddings.audio", "max_len"), {**SOUND, "max_len": 9}),
     (("embeddings.audio", "embeddings.width"), {**PAIR, "embeddings": {"audio": {}, "width": 4}}),
     (("embeddings.leads", "embeddings.norm"), {**ENCODER, "embeddings": {"leads": True}}),
     (("kind", "vocab_size"), {"vocab_size": 0}),
     (("kind", "vocab_size"), {**VISION, "vocab_size": 10}),
+    (("kind", "vocab_size"), {**SOUND, "vocab_size": 10}),
     (("kind", "head"), {"head": "image-classification"}),
     (("kind", "head"), {**ENCODER, "head": "masked-patches"}),
     (("kind", "head"), {**VISION, "head": "span"}),
@@ -97,9 +102,13 @@ MODEL_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     ),
 ]
 RUN_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
+    (("data.path", "data.mixture"), {"data": {"path": "a", "mixture": {"b.txt": 1.0}}}),
+    (("data.mixture", "data.valid_path"), {"data": {"valid_path": "a", "mixture": {"b.txt": 1.0}}}),
     (("train.warmup", "train.steps"), {"train": {"warmup": 11, "steps": 10}}),
     (("train.batch_size", "train.accumulation"), {"train": {"batch_size": 7, "accumulation": 2}}),
     (("train.batch_size", "train.accumulation"), {"train": {"batch_size": 1, "accumulation": 2}}),
+    (("train.batch_size", "train.batch_tokens"), {"train": {"batch_size": 8, "batch_tokens": 512}}),
+    (("data.mixture", "train.batch_tokens"), {"data": {"mixture": {"a": 1.0}}, "train": {"batch_tokens": 512}}),
     (("budget", "train.steps"), {"budget": "3m", "train": {"steps": 10}}),
     (("budget", "train.epochs"), {"budget": "3m", "train": {"epochs": 2.0}}),
     (("base", "model"), {"base": "a", "model": {"d_model": 64, "n_heads": 1}}),

@@ -57,6 +57,20 @@ def test_flops_are_those_that_pytorch_counts(fields):
     assert counter.get_total_flops() == expected
 
 
+def test_an_encoder_of_sound():
+    """Its parameters, and the FLOPs of its convolutions and blocks, are PyTorch's."""
+    audio = {
+        "embeddings": {"audio": {"bins": 7, "frames": 32}},
+        "head": {"type": "sequence-classification", "labels": 5},
+    }
+    config = ModelConfig(**{**BASE, **audio, "kind": "encoder", "vocab_size": 0})
+    model = Transformer(config)
+    assert sum(cost.parameters(config).values()) == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter, use_backend("naive"):
+        model(input_features=torch.randn(1, 7, 32))
+    assert counter.get_total_flops() == cost.forward_flops(config, 16) * 16
+
+
 def test_training_takes_three_forwards():
     config = ModelConfig(**BASE, kind="encoder")
     model, ids = Transformer(config), torch.randint(50, (1, 16))

@@ -60,6 +60,18 @@ def test_when_to_stop_is_said_once():
         RunConfig(base="runs/a", model={"d_model": 64})
 
 
+def test_the_sources_of_a_mixture_keep_their_names(tmp_path: Path):
+    """Keys with dots in them are paths, not sections, wherever they are read."""
+    path = file(tmp_path, "data:\n  mixture: {books/: 3, a.b/*.txt: 0.5}\n")
+    expected = {"books/": 3, "a.b/*.txt": 0.5}
+    resolved = load_run([path], [], {})
+    assert resolved.run.data.mixture == expected and resolved.origins == {"data.mixture": str(path)}
+    assert load_run([], ["data.mixture={books/: 3, a.b/*.txt: 0.5}"], {}).run.data.mixture == expected
+    again = load_run([path], ["data.mixture={c.txt: 1}"], {}).run
+    assert again.data.mixture == {"c.txt": 1}
+    assert load_run([file(tmp_path, dump_yaml(resolved.run.model_dump()), "out.yaml")], [], {}).run == resolved.run
+
+
 @pytest.mark.fault("F10")
 @pytest.mark.parametrize("layers", range(8))
 @pytest.mark.parametrize("key", KEYS)

@@ -1,4 +1,4 @@
-"""A trained model measured on labelled data: rows or images -> predictions -> metrics with intervals.
+"""A trained model measured on labelled data: rows, images or recordings -> predictions -> metrics with intervals.
 
 What is measured follows from the model's head and the rows' form: classes, tags, answers, translations, neighbours.
 """
@@ -16,6 +16,7 @@ from headway.data.encode import Coder, Losses
 from headway.data.examples import encode_all, gather
 from headway.data.forms import Example, Labelled, Pair, Question, Tagged, examples
 from headway.data.images import held_out_images
+from headway.data.recordings import held_out_recordings
 from headway.data.rows import find_tables, read_rows
 from headway.data.sources import ReadOptions, ReadReport
 from headway.errors import ConfigError, InputError
@@ -23,8 +24,9 @@ from headway.evaluation.embed import embed
 from headway.evaluation.interval import Measured
 from headway.evaluation.metrics import METRICS, measure
 from headway.evaluation.predict import answers, in_order, outputs, ranks_of
-from headway.run_config import ImageClassification
-from headway.training.pictures import ImageBatches
+from headway.run_config import AudioClassification, ImageClassification
+from headway.training.pictures import ImageBatches, SignalBatches
+from headway.training.recordings import RecordingBatches
 from headway.training.tasks import TASKS, ExampleBatches
 
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
@@ -67,7 +69,7 @@ class How:
 
 
 def assess(loaded: loading.Loaded, data: str, metrics: Sequence[str] = (), how: How | None = None) -> list[Measured]:
-    """Measure a model on a file of rows or a folder of images.
+    """Measure a model on a file of rows, or a folder of images or recordings.
 
     Raises ConfigError for a metric that does not go with the data, InputError for data that do not go with the model.
     """
@@ -84,8 +86,8 @@ def assess(loaded: loading.Loaded, data: str, metrics: Sequence[str] = (), how: 
 def predicted(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     """A model's answers beside the true ones."""
     head, kind = loaded.config.head.type, loaded.config.kind
-    if kind == "vision":
-        return _images(loaded, data, how)
+    if not loaded.config.vocab_size:
+        return _signals(loaded, data, how)
     report = ReadReport()
     files = find_tables(data, how.read, report)
     rows = (row for file in files for row in read_rows(file, how.read, report, how.columns))
@@ -111,7 +113,7 @@ def _coder(loaded: loading.Loaded, how: How) -> Coder:
 
 def _outputs(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[dict[int, Any], Any]:
     coder, losses = _coder(loaded, how), Losses()
-    encoded = gather(encode_all(found, TASKS[task].encode[type(found[0])], coder, losses), "")
+    encoded = gather(encode_all(found, TASKS[task].encode[type(found[0])], coder, losses))
     words = loaded.words
     batches = ExampleBatches(encoded, TASKS[task], words.pad_id if words.pad_id is not None else words.eos_id or 0)
     some = batches.in_order(how.rows, len(encoded))
@@ -176,19 +178,22 @@ def _neighbours(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Pred
     return Predicted("ranks", (ranks_of(queries, known, [places[one.target] for one in found]),))
 
 
-def _images(loaded: loading.Loaded, data: str, how: How) -> Predicted:
-    patch = loaded.config.embeddings.patch
-    if loaded.config.head.type != "image-classification" or patch is None:
-        fix = f"headway train base={loaded.path} data.path=IMAGES"
-        raise ConfigError("head", f"{loaded.config.head.type} tells no classes", "image-classification", fix)
-    images = held_out_images(data, patch.image)
-    assert images is not None
-    batches = ImageBatches(images, ImageClassification(), patch.size).in_order(
-        how.rows, how.limit or len(images.labels)
-    )
-    seen: list[int] = []
-    table = in_order(outputs(loaded.model, _noted(batches, seen), lambda done: how.progress(done, len(images.labels))))
-    return Predicted("labels", (table.argmax(1), images.labels[np.array(sorted(seen))]))
+def _signals(loaded: loading.Loaded, data: str, how: How) -> Predicted:
+    """Images or recordings: the held-out side of a set, or all of one without sides."""
+    patch, audio = loaded.config.embeddings.patch, loaded.config.embeddings.audio
+    batches: SignalBatches
+    if patch is not None:
+        images = held_out_images(data, patch.image)
+        assert images is not None
+        labels, batches = images.labels, ImageBatches(images, ImageClassification(), patch.size)
+    else:
+        assert audio is not None
+        recordings = held_out_recordings(data, audio.bins, audio.frames, how.labels or loading.class_names(loaded))
+        labels, batches = recordings.labels, RecordingBatches(recordings, AudioClassification())
+    count, seen = how.limit or len(labels), list[int]()
+    some = _noted(batches.in_order(how.rows, count), seen)
+    table = in_order(outputs(loaded.model, some, lambda done: how.progress(done, count)))
+    return Predicted("labels", (table.argmax(1), labels[np.array(sorted(seen))]))
 
 
 def _noted(batches: Any, seen: list[int]) -> Any:

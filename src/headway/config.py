@@ -572,26 +572,27 @@ def derive(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(attention, dict):
         direction = "causal" if kind == "decoder" else "full"
         out["attention"] = {"pattern": (direction,), "cross_every": int(kind == "encoder-decoder"), **attention}
+    embeddings, name = out.get("embeddings"), "patch" if kind == "vision" else "audio"
+    front = embeddings.get(name) if isinstance(embeddings, dict) else getattr(embeddings, name, None)
+    hears = kind == "encoder" and front is not None
     if isinstance(kind, str) and kind in DEFAULT_HEAD:
-        head = as_tagged(out.get("head", DEFAULT_HEAD[kind]))
+        head = as_tagged(out.get("head", "sequence-classification" if hears else DEFAULT_HEAD[kind]))
         # The first token of a decoder has seen nothing but itself.
         reads_last = kind == "decoder" and isinstance(head, dict) and head.get("type") == "sequence-classification"
         out["head"] = {"pooling": "last", **head} if reads_last and isinstance(head, dict) else head
-    if kind == "vision":
+    if kind == "vision" or hears:
         out.setdefault("vocab_size", 0)
         out.setdefault("positions", "learned")
-        default("max_len", _patch_count(out.get("embeddings")))
+        default("max_len", _count(front, Audio if hears else Patch))
     return out
 
 
-def _patch_count(embeddings: object) -> int | None:
-    """Positions of a vision model: one per patch, plus the first token."""
-    patch = embeddings.get("patch") if isinstance(embeddings, dict) else getattr(embeddings, "patch", None)
+def _count(front: object, cls: type[Patch | Audio]) -> int | None:
+    """Positions of an image or a recording."""
     try:
-        patch = patch if isinstance(patch, Patch) else Patch.model_validate(patch)
+        return (front if isinstance(front, cls) else cls.model_validate(front)).count
     except ValidationError:
         return None  # reported by the field's own check
-    return patch.count
 
 
 def with_fields(config: ModelConfig, **fields: object) -> ModelConfig:

@@ -57,6 +57,11 @@ def _is(config: ModelConfig, field: str, *types_: str) -> bool:
     return getattr(config, field).type in types_
 
 
+def _hears(c: ModelConfig) -> bool:
+    """An encoder of sound alone: no side of it reads or writes text."""
+    return c.kind == "encoder" and c.embeddings.audio is not None
+
+
 def _rotary(c: ModelConfig) -> int:
     return int(c.d_head * getattr(c.positions, "fraction", 1.0))
 
@@ -172,10 +177,24 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("kind", "embeddings.audio"),
-        lambda c: c.embeddings.audio is not None and c.kind != "encoder-decoder",
+        lambda c: c.embeddings.audio is not None and c.kind in ("decoder", "vision"),
         lambda c: f"kind {c.kind} with an audio front end",
-        "a decoder that writes what the encoder hears",
+        "an encoder that hears, alone or before a decoder that writes",
         lambda c: "kind=encoder-decoder",
+    ),
+    Rule(
+        ("embeddings.audio", "head"),
+        lambda c: _hears(c) and _is(c, "head", "causal-lm", "masked-lm", "span"),
+        lambda c: f"an encoder of sound with head {c.head.type}",
+        "a head that asks for no text",
+        lambda c: "head=sequence-classification",
+    ),
+    Rule(
+        ("embeddings.audio", "max_len"),
+        lambda c: _hears(c) and c.max_len < c.embeddings.audio.count,
+        lambda c: f"{c.embeddings.audio.count} positions of a recording with max_len {c.max_len}",
+        "room for a whole recording",
+        lambda c: f"max_len={c.embeddings.audio.count}",
     ),
     Rule(
         ("embeddings.audio", "embeddings.width"),
@@ -196,10 +215,10 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("kind", "vocab_size"),
-        lambda c: (c.kind == "vision") != (c.vocab_size == 0),
-        lambda c: f"kind {c.kind} with vocab_size {c.vocab_size}",
-        "a vocabulary for text, none for vision",
-        lambda c: "vocab_size=0" if c.kind == "vision" else "vocab_size=256",
+        lambda c: (c.kind == "vision" or _hears(c)) != (c.vocab_size == 0),
+        lambda c: f"kind {c.kind}{' of sound' * _hears(c)} with vocab_size {c.vocab_size}",
+        "a vocabulary for text, none for images and sound alone",
+        lambda c: "vocab_size=256" if c.vocab_size == 0 else "vocab_size=0",
     ),
     Rule(
         ("kind", "head"),

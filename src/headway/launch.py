@@ -7,6 +7,7 @@ the sizes, the config. `resume` starts from the run folder's own config.yaml.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +23,10 @@ from headway.checkpoints.tensors import tensor_hash
 from headway.config import ModelConfig
 from headway.cost import forward_flops, parameters, training_flops
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError
+from headway.material import Material
 from headway.nn import Transformer
 from headway.plain_yaml import dump_yaml
-from headway.prepare import Material, material
+from headway.prepare import material
 from headway.run_config import RunConfig, Train, flatten
 from headway.strict import dump_json, strict_json
 from headway.text import Tokenizer
@@ -85,7 +87,10 @@ class Plan:
             ratio = f" ({made.bytes / max(n_train, 1):.2f} bytes per token)"
             rows = f"{t.batch_size} x {self.run.data.context} tokens"
         else:
-            seen, ratio, rows = (t.steps or 0) * (t.batch_size or 1), "", f"{t.batch_size} {made.unit}"
+            seen, ratio = round((t.steps or 0) * made.facts.rows_of_batch(t)), ""
+            rows = f"{t.batch_size} {made.unit}"
+            if t.batch_tokens is not None:
+                rows = f"up to {t.batch_tokens:,} tokens, {made.facts.rows_of_batch(t):.1f} {made.unit} on average"
         words = made.tokenizer
         return [
             f"data: {n_train:,} {made.unit} to train, {n_valid:,} held out{ratio}",
@@ -95,6 +100,7 @@ class Plan:
             f"{m.n_heads} heads, context {self.run.data.context}"
             + (f", from {self.run.base}" if self.run.base else ""),
             *([made.teacher.line] if made.teacher is not None else []),
+            *(f"source: {share.line((t.steps or 0) * (t.batch_size or 1))}" for share in made.shares(self.run)),
             f"training: {objective.type if objective else ''}, {t.steps:,} steps of {rows}, {t.optimizer}, "
             f"{seen / max(n_train, 1):.1f} passes over the data, {self.threads} "
             f"thread{'s' * (self.threads != 1)}, {t.dtype}",
@@ -145,7 +151,7 @@ class Launch:
 
 def default_output(run: RunConfig) -> Path:
     """Where a run goes that names no output: runs/ and the name of its data."""
-    name = Path(run.data.path or "run").name.removesuffix(".gz")
+    name = Path(run.data.path or ("mixture" if run.data.mixture else "run")).name.removesuffix(".gz")
     return Path("runs") / (Path(name).stem or "run")
 
 
@@ -176,7 +182,7 @@ def _facts(run: RunConfig) -> dict[str, object]:
 
 def _in_world(run: RunConfig, how: Launch, say: OnEvent, world: World) -> RunResult:
     folder = Path(run.output) if run.output else default_output(run)
-    if run.data.path is None:
+    if run.data.path is None and not run.data.mixture:
         raise ConfigError("data.path", "missing", "a file or folder of text", "data.path=FILE")
     if how.dry_run or not world.is_first:
         return _train(run, folder, how, say, world)
@@ -234,7 +240,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     torch.set_num_threads(run.train.threads or 1)
     if made.teacher is not None:
         check_teaching(made.teacher.model.config, config)
-    assert run.data.context is not None and run.train.batch_size is not None and run.train.steps is not None
+    assert run.data.context is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
     model = _model(config, made).to(device)
     if world.size > 1:
@@ -296,7 +302,9 @@ def foretell(plan: Plan) -> Forecast:
     run, made = plan.run, plan.material
     assert run.data.context is not None
     clock = partial(time_step, device=_device(run.train.device), trial=made.trial, teacher=made.teacher)
-    return forecast(plan.model, run.train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
+    rows = math.ceil(made.facts.rows_of_batch(run.train) / run.train.accumulation) * run.train.accumulation
+    train = run.train.model_copy(update={"batch_size": rows})
+    return forecast(plan.model, train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
 def _model(config: ModelConfig, made: Material) -> Transformer:

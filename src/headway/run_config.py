@@ -43,10 +43,13 @@ class Data(Frozen):
     out when there is no `valid_path`. `isolate` keeps packed documents from attending to each other. For examples
     `context` is the longest input and `target` the longest target of an encoder-decoder; `columns` says which column
     of the file holds a field (`data.columns.text=sentence`), and `labels` names the classes (default: those found).
-    Images are brought to `image` pixels a side and cut into patches of `patch`.
+    Images are brought to `image` pixels a side and cut into patches of `patch`; recordings have `seconds` each and
+    `bins` of pitch. `mixture` stands for `path` where there are several sources: a file, folder or glob and its weight
+    among the rows of training, each.
     """
 
     path: str | None = None
+    mixture: dict[str, PositiveReal] = Field(default_factory=dict)
     valid_path: str | None = None
     context: Positive | None = None
     target: Positive | None = None
@@ -54,6 +57,8 @@ class Data(Frozen):
     labels: Names = ()
     image: Positive | None = None
     patch: Positive | None = None
+    seconds: PositiveReal | None = None
+    bins: Positive = 80
     val_fraction: Share = 0.05
     isolate: bool = True
     encoding_errors: Literal["strict", "replace", "skip"] = "strict"
@@ -145,6 +150,13 @@ class MaskedPatches(Frozen):
     flip: bool = True
 
 
+class AudioClassification(Frozen):
+    """One class per recording; training recordings are moved by up to `shift` frames of 10 ms."""
+
+    type: Literal["audio-classification"] = "audio-classification"
+    shift: Count = 10
+
+
 Objective = Annotated[
     CausalLM
     | MaskedLM
@@ -156,7 +168,8 @@ Objective = Annotated[
     | Span
     | Contrastive
     | ImageClassification
-    | MaskedPatches,
+    | MaskedPatches
+    | AudioClassification,
     Field(discriminator="type"),
     BeforeValidator(as_tagged),
 ]
@@ -186,17 +199,19 @@ class TokenizerConfig(Frozen):
 class Train(Frozen):
     """The optimization. None means: derived by the recipe and written into the resolved config.
 
-    `batch_size` is sequences per update, split into `accumulation` passes. `lr` is the peak rate and
-    `muon_lr` that of Muon's matrices; `beta1` and `beta2` are AdamW's and Lion's. `warmup` counts steps; `schedule`
-    wsd decays over its last `decay` share. `z_loss` weighs log^2 Z (arXiv:2204.02311), `ema` is the decay of the
-    averaged weights, `checkpoint_activations` runs blocks twice for less memory, to the same bits. Of several processes
-    each holds the whole model (`strategy` ddp) or a share of it (fsdp), and `tensor_parallel` of them share the work on
-    the same rows; one that hears nothing of the others for `collective_timeout` seconds gives up.
+    `batch_size` is sequences per update, split into `accumulation` passes; `batch_tokens` instead is the most tokens of
+    an update of examples: input, target and padding. `lr` is the peak rate and `muon_lr` that of Muon's matrices;
+    `beta1` and `beta2` are AdamW's and Lion's. `warmup` counts steps; `schedule` wsd decays over its last `decay`
+    share. `z_loss` weighs log^2 Z (arXiv:2204.02311), `ema` is the decay of the averaged weights,
+    `checkpoint_activations` runs blocks twice for less memory, to the same bits. Of several
+    processes each holds the whole model (`strategy` ddp) or a share of it (fsdp), and `tensor_parallel` of them share
+    the work on the same rows; one that hears nothing of the others for `collective_timeout` seconds gives up.
     """
 
     steps: Count | None = None
     epochs: PositiveReal | None = None
     batch_size: Positive | None = None
+    batch_tokens: Positive | None = None
     accumulation: Positive = 1
     optimizer: Literal["adamw", "muon", "lion", "adafactor"] = "muon"
     lr: PositiveReal | None = None
@@ -235,6 +250,20 @@ class Train(Frozen):
 
 RUN_RULES: tuple[Rule, ...] = (
     Rule(
+        ("data.path", "data.mixture"),
+        lambda r: r.data.path is not None and bool(r.data.mixture),
+        lambda r: f"one source ({r.data.path}) and a mixture of {len(r.data.mixture)}",
+        "one of the two",
+        lambda r: "leave out data.path",
+    ),
+    Rule(
+        ("data.mixture", "data.valid_path"),
+        lambda r: bool(r.data.mixture) and r.data.valid_path is not None,
+        lambda r: f"{r.data.valid_path} to be held out beside a mixture",
+        "a share of each source held out, data.val_fraction",
+        lambda r: "leave out data.valid_path",
+    ),
+    Rule(
         ("train.warmup", "train.steps"),
         lambda r: r.train.warmup is not None and r.train.steps is not None and r.train.warmup > r.train.steps,
         lambda r: f"{r.train.warmup} steps of warmup in a run of {r.train.steps}",
@@ -247,6 +276,20 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: f"batch of {r.train.batch_size} in {r.train.accumulation} passes",
         "a batch that the passes divide",
         lambda r: f"train.batch_size={nearest_multiples(r.train.batch_size, r.train.accumulation)}",
+    ),
+    Rule(
+        ("train.batch_size", "train.batch_tokens"),
+        lambda r: r.train.batch_size is not None and r.train.batch_tokens is not None,
+        lambda r: f"batches of {r.train.batch_size} rows and of {r.train.batch_tokens} tokens",
+        "one of the two",
+        lambda r: "leave out train.batch_size",
+    ),
+    Rule(
+        ("data.mixture", "train.batch_tokens"),
+        lambda r: bool(r.data.mixture) and r.train.batch_tokens is not None,
+        lambda r: f"batches of {r.train.batch_tokens} tokens of a mixture, whose shares count rows",
+        "batches of so many rows",
+        lambda r: "leave out train.batch_tokens",
     ),
     Rule(
         ("budget", "train.steps"),
@@ -342,6 +385,9 @@ def check_model_fields(fields: Mapping[str, object]) -> None:
         raise ConfigError("model.depth", f"{depth!r} ({type(depth).__name__})", "an integer from 1 to 1024")
     given = {key: value for key, value in fields.items() if key != "depth"}
     probe: dict[str, Any] = {**_PROBE, **({"vocab_size": 0} if given.get("kind") == "vision" else {}), **given}
+    embeddings = given.get("embeddings")
+    if given.get("kind") == "encoder" and isinstance(embeddings, dict) and embeddings.get("audio") is not None:
+        probe = {**given, "d_model": given.get("d_model", 8), "n_layers": given.get("n_layers", 1)}
     probe.setdefault("n_heads", given.get("n_kv_heads", 1))
     if not {"d_model", "n_heads"} <= set(given):  # sizes left open are not held against those that are given
         probe.setdefault("d_head", 64)
@@ -367,6 +413,8 @@ class Resolved(NamedTuple):
 # What a word alone means where keys are expected.
 SHORTHANDS: Mapping[str, Callable[[object], object]] = {"attention": as_attention, "feed_forward": as_feed_forward}
 _SECTIONS = ("model", "data", "tokenizer", "train")
+WHOLE = frozenset({"data.mixture"})
+"""Mappings that are one value: their keys are the user's own, dots and all."""
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -374,7 +422,7 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():
         here = f"{path}.{key}" if path else str(key)
-        below = flatten(value, here) if isinstance(value, dict) and value else {here: value}
+        below = flatten(value, here) if isinstance(value, dict) and value and here not in WHOLE else {here: value}
         twice = out.keys() & below.keys()
         if twice:
             raise ConfigError(min(twice), "stands twice, in two spellings", "one of the two")

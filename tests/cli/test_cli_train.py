@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import headway
-from headway import prepare
+from headway import material, prepare
 from headway.checkpoints.folder import list_checkpoints, newest_good
 from headway.files import RunLock
 from headway.run_config import RunConfig
@@ -259,4 +259,4 @@ def test_tokenizer_smaller_than_wanted_is_said(command, corpus, tmp_path):
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 512), (10**5, 512), (10**6, 1024), (10**7, 4096), (10**12, 32768)])
 def test_default_vocab_size(size, expected):
-    assert prepare.default_vocab_size(size) == expected
+    assert material.default_vocab_size(size) == expected

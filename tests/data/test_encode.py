@@ -28,6 +28,7 @@ from headway.data.examples import Column, Sides, encode_all, gather, prepare_exa
 from headway.data.forms import Answer, Chat, Labelled, Message, Pair, Question, Tagged
 from headway.errors import InputError
 from headway.text import Tokenizer, train_tokenizer
+from headway.training.tasks import paired
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. It was late in the year 1850, and nobody knew why." * 20]
 BPE = train_tokenizer(TEXTS, "bpe", 400, special_tokens=["<|endoftext|>", "<pad>"])
@@ -193,8 +194,31 @@ def pairs(count: int) -> list[Pair]:
     ]
 
 
+FORMS = [
+    ([Pair(f"brown {n}", f"fox {n % 7}", "f") for n in range(3000)], translation),
+    ([Pair(f"brown {n}", f"fox {n % 7}", "f") for n in range(3000)], completion),
+    ([Pair(f"brown {n}", f"fox {n % 7}", "f") for n in range(3000)], paired),
+    ([Labelled(f"late {n}", f"year {n}" if n % 2 else None, "a", "f") for n in range(3000)], labelled),
+    ([Tagged(("the", f"fox{n}", "the"), ("O", "B", "O"), "f") for n in range(3000)], tagged),
+    ([Question(f"who {n}", "the fox did", (Answer("fox", 4),), "f") for n in range(3000)], answered),
+]
+
+
+@pytest.mark.parametrize(("rows", "encode"), FORMS, ids=[encode.__name__ for _, encode in FORMS])
+def test_texts_of_many_rows_are_encoded_together(rows, encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns are those of one row at a time; the tokenizer is called once for a thousand rows."""
+    names = ("a", "O", "B")
+    apart = [one for row in rows for one in encode(row, Coder(BPE, 100, 100, names))]
+    calls: list[int] = []
+    real = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(len(texts)) or real(self, texts))
+    together = list(encode_all(rows, encode, Coder(BPE, 100, 100, names), Losses()))
+    assert together == apart
+    assert len(calls) == 3 and sum(calls) >= 3000
+
+
 def test_columns_are_padded_to_the_longest_of_the_batch() -> None:
-    found = gather(encode_all(pairs(20), translation, Coder(BPE, 100, 100), Losses()), "h")
+    found = gather(encode_all(pairs(20), translation, Coder(BPE, 100, 100), Losses()))
     batch = found.batch([4, 0, 13], {"input_ids": 7, "labels": -100})
     for row, number in enumerate([4, 0, 13]):
         ids = found.columns["input_ids"][number]
@@ -216,12 +240,12 @@ def test_a_column_gives_back_its_rows(rows: list[list[int]]) -> None:
 
 
 def test_examples_are_encoded_once_and_built_again_when_damaged(tmp_path) -> None:
-    calls: list[str] = []
+    calls: list[int] = []
 
-    def build(key: str) -> Sides:
-        calls.append(key)
+    def build() -> Sides:
+        calls.append(1)
         losses, coder = Losses(), Coder(BPE, 6, 100)
-        train, valid = (gather(encode_all(pairs(n), translation, coder, losses), key) for n in (20, 5))
+        train, valid = (gather(encode_all(pairs(n), translation, coder, losses)) for n in (20, 5))
         return Sides(train, valid, losses.lines(6))
 
     first = prepare_examples({"a": 1}, tmp_path, build)
@@ -232,9 +256,10 @@ def test_examples_are_encoded_once_and_built_again_when_damaged(tmp_path) -> Non
         assert ours.hash == theirs.hash and sorted(ours.columns) == sorted(theirs.columns)
         for name, column in ours.columns.items():
             assert np.array_equal(column.values, theirs.columns[name].values)
-    prepare_examples({"a": 2}, tmp_path, build)
-    assert len(calls) == 2
-    (folder,) = [entry for entry in tmp_path.iterdir() if entry.name == first.train.hash[:32]]
+    (folder,) = tmp_path.iterdir()
+    other = prepare_examples({"a": 2}, tmp_path, build)
+    assert len(calls) == 2 and other.train.hash == first.train.hash  # made otherwise, but the same
+    assert first.train.hash != first.valid.hash
     data = (folder / "examples.safetensors").read_bytes()
     (folder / "examples.safetensors").write_bytes(data[: len(data) // 2])
     assert len(prepare_examples({"a": 1}, tmp_path, build).train) == 20 and len(calls) == 3
@@ -244,8 +269,7 @@ def test_floats_stay_floats() -> None:
     found = gather(
         encode_all(
             [Labelled("the fox", None, 0.5, ""), Labelled("a dog", None, 2.0, "")], labelled, Coder(BERT, 9), Losses()
-        ),
-        "",
+        )
     )
     labels = found.batch([0, 1], {"input_ids": 0})["labels"]
     assert labels.dtype is torch.float32 and labels.tolist() == [0.5, 2.0]

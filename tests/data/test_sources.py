@@ -393,3 +393,23 @@ def test_pieces_of_a_long_document_join_to_it_and_break_at_spaces(tmp_path, monk
     assert [piece.first for piece in found] == [True] + [False] * (len(found) - 1)
     assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
     assert all(piece.text.startswith(" ") for piece in found[1:]) and len(found) > 30
+
+
+def test_a_glob_names_files_and_folders_once_in_order(tmp_path):
+    for name in ("b/x.txt", "b/deep/z.txt", "a.txt", "c.md", "star*.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(pattern):
+        return [
+            str(file.relative_to(tmp_path))
+            for file in sources.find_files(tmp_path / pattern, ReadOptions(), ReadReport())
+        ]
+
+    assert found("*.txt") == ["a.txt", "star*.txt"]
+    assert found("[ab]*") == ["a.txt", "b/deep/z.txt", "b/x.txt"]
+    assert found("**/*.txt") == ["a.txt", "b/deep/z.txt", "b/x.txt", "star*.txt"]
+    assert found("b*/") == ["b/deep/z.txt", "b/x.txt"]
+    assert found("star*.txt") == ["star*.txt"]  # a file that is really called so
+    with pytest.raises(InputError, match=r"\*\.csv: no file or folder matches"):
+        found("*.csv")

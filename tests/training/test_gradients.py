@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headway.config import with_fields
-from headway.launch import Launch, train
+from headway.launch import Launch, Plan, train
 from headway.nn import Transformer
 from headway.nn.heads import EmbeddingHead
 from headway.nn.model import Teaching
@@ -21,6 +21,7 @@ from headway.training.gradients import backward
 from headway.training.objectives import TrainingBatch
 from headway.training.parallel import Parallel
 
+import recording_toys  # isort: skip
 from objective_cases import CASES, config, rows_file  # isort: skip
 
 ROWS = 8
@@ -31,7 +32,10 @@ def made(tmp_path: Path, name: str, **model: object) -> tuple[Transformer, Train
     """A fresh model in float64 for an objective, and a batch of its own data."""
     make, fields, _ = CASES[name]
     run = config(rows_file(tmp_path, make), {**fields, "output": str(tmp_path / "run")}, batch_size=ROWS)
-    plan = train(run, Launch(dry_run=True)).plan
+    return doubled(train(run, Launch(dry_run=True)).plan, **model)
+
+
+def doubled(plan: Plan, **model: object) -> tuple[Transformer, TrainingBatch]:
     torch.manual_seed(0)
     # A residual branch that begins at zero would hide most gradients.
     shape = with_fields(plan.model, init={"std": 0.1, "residual": "plain"}, **model)
@@ -39,6 +43,12 @@ def made(tmp_path: Path, name: str, **model: object) -> tuple[Transformer, Train
     batch = plan.material.source(shape, plan.run).batch(0)
     doubles = {n: t.double() if t.is_floating_point() else t for n, t in batch.inputs.items()}
     return built, TrainingBatch(doubles, batch.sample_ids)
+
+
+def sounds(tmp_path: Path) -> tuple[Transformer, TrainingBatch]:
+    """The same for recordings."""
+    run = config(recording_toys.folder(tmp_path / "tones", 8), {"output": str(tmp_path / "run")}, batch_size=ROWS)
+    return doubled(train(run, Launch(dry_run=True)).plan)
 
 
 def gradients(model: Transformer, passes: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
@@ -49,9 +59,9 @@ def gradients(model: Transformer, passes: list[dict[str, Tensor]]) -> tuple[floa
     return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "recordings"])
 def test_passes_give_the_gradient_of_the_whole_batch(tmp_path: Path, name: str) -> None:
-    model, batch = made(tmp_path, name)
+    model, batch = sounds(tmp_path) if name == "recordings" else made(tmp_path, name)
     loss, whole = gradients(model, batch.split(1))
     assert any(g.abs().max() > 1e-6 for g in whole.values())
     for parts in (2, 3, 8):

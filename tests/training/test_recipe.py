@@ -25,7 +25,7 @@ def resolved(tokens=TOKENS, vocab=2048, **fields):
 def test_nothing_is_left_open():
     model, run = resolved(budget="3m")
     open_fields = {name for name, value in run.train.model_dump().items() if value is None}
-    assert open_fields <= {"early_stop", "threads", "epochs", "ema"}
+    assert open_fields <= {"early_stop", "threads", "epochs", "ema", "batch_tokens"}
     assert run.data.context == model.max_len and model.vocab_size == 2048
     assert run.model == model.model_dump(mode="json")
 

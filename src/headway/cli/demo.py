@@ -131,8 +131,7 @@ def measure(loaded: Loaded, done: RunResult) -> Perplexity:
 
     from headway.evaluation import TextTokens, perplexity
 
-    assert done.plan.material.prepared is not None
-    store, tokenizer = done.plan.material.prepared.valid, loaded.words
+    store, tokenizer = done.plan.material.prepared[0].valid, loaded.words
     numbers = list(range(len(store.ends)))
     random.Random(0).shuffle(numbers)
 

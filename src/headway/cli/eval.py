@@ -1,6 +1,7 @@
 """`headway eval PATH --data FILE`: measure a model, each figure with its interval and all that it depends on.
 
-Running text gives perplexity; rows with labels, answers or translations, and images, give the metrics of their task.
+Running text gives perplexity; rows with labels, answers or translations, images and recordings give the metrics of
+their task.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Options(Common):
     """What `headway eval` takes."""
 
     task: Annotated[str | None, option(help="perplexity or labelled [what the data are for].")] = None
-    data: Annotated[str | None, option(help="A file or folder of text, rows or images.")] = None
+    data: Annotated[str | None, option(help="A file or folder of text, rows, images or sound.")] = None
     metrics: Annotated[str | None, option(help="Names of metrics, with commas [those of the task].")] = None
     column: Annotated[list[str] | None, option(help="text=NAME: where a field stands; repeat for several.")] = None
     beams: Annotated[int, option(min=1, help="Beams of an encoder-decoder's answers.")] = 1
@@ -48,7 +49,7 @@ def run(options: Options) -> None:
     if options.task not in (None, *TASKS):
         raise ConfigError("task", f"{options.task!r}{nearest(options.task, TASKS)}", ", ".join(TASKS))
     if options.data is None:
-        raise ConfigError("data", "missing", "a file or folder of text, rows or images", "--data FILE")
+        raise ConfigError("data", "missing", "a file or folder of text, rows, images or sound", "--data FILE")
     import time
 
     import torch
@@ -99,7 +100,7 @@ def _perplexity(options: Options, loaded: Loaded, data: str, printer: Printer) -
 
 
 def _reading(options: Options) -> ReadOptions:
-    from headway.prepare import read_options
+    from headway.material import read_options
     from headway.run_config import RunConfig
 
     reading = {"encoding_errors": options.encoding_errors, "skip_bad_rows": options.skip_bad_rows}

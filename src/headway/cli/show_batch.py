@@ -57,7 +57,7 @@ def rows_of(
     """Each row of a batch as (name, lines).
 
     Args:
-        batch: what the loop is given. tokenizer: None for images. classes: names of the labels' numbers.
+        batch: what the loop is given. tokenizer: None for images and sound. classes: names of the labels' numbers.
         shifted: a decoder's labels, each the next token; else labels stand at their own token.
     """
     inputs = batch.inputs
@@ -69,8 +69,9 @@ def rows_of(
 def _lines(row: Mapping[str, Tensor], tokenizer: Tokenizer | None, classes: Sequence[str], shifted: bool) -> list[Line]:
     labels = row["labels"]
     if tokenizer is None or "input_ids" not in row:
+        what, signal = ("image", row["pixel_values"]) if "pixel_values" in row else ("sound", row["input_features"])
         hidden = f"{int((labels[:, 0] >= -1).sum())} of {len(labels)} patches hidden" if labels.ndim == 2 else ""
-        return [Line(f"image {tuple(row['pixel_values'].shape)}: {hidden or _name(labels, classes)}", [])]
+        return [Line(f"{what} {tuple(signal.shape)}: {hidden or _name(labels, classes)}", [])]
     ids, mask = row["input_ids"], row.get("attention_mask")
     count = len(ids) if mask is None else int(mask.sum())
     documents = row.get("documents")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ MIN_RATE, MAX_RATE, MAX_CHANNELS, MAX_CHUNKS = 4_000, 768_000, 64, 1024
 MAX_SAMPLE = 2.0**31  # some write floats at the scale of integers; beyond that, sums of samples could overflow
 _ZEROS, _ROLLOFF = 24, 0.95  # zero crossings on each side of the sinc; cutoff as a share of the lower Nyquist rate
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
-_ROWS = 1 << 14  # windows multiplied at once: bounds the copy that the multiplication makes of them
+_PRODUCTS = 1 << 20  # made at once: bounds the copy of the samples that the filters are multiplied with
+_KEPT = 1 << 20  # numbers of a rate's filters that are kept
 _Format = tuple[int, int, int, int]  # tag, channels, rate, bits
 _Samples = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -54,6 +56,12 @@ def decode_wav(data: bytes, where: str, *, rate: int = RATE) -> Tensor:
         raise InputError(where, f"sample {bad} is {samples[bad]}", "a finite number, full scale = 1")
     mono = samples.reshape(-1, channels).mean(1, dtype=np.float32)
     return resample(torch.from_numpy(mono), its_rate, rate)
+
+
+def seconds_of(path: Path) -> float:
+    """How long a WAV file sounds, in seconds. Raises InputError as `read_wav`, but looks at no sample."""
+    (_, channels, rate, bits), content = _chunks(read_bytes(path, MAX_BYTES), str(path))
+    return len(content) / (channels * bits // 8) / rate
 
 
 def _chunks(data: bytes, where: str) -> tuple[_Format, memoryview]:
@@ -115,27 +123,43 @@ def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
     """Samples at another rate by band-limited interpolation, (samples,) -> (ceil(samples * new_rate / rate),).
 
     Output n lies at input place n * rate / new_rate. Its weights are a sinc with its cutoff at 95 % of the lower of
-    the two Nyquist rates, under a Hann window of 24 zero crossings a side; they repeat with period
-    new_rate / gcd(rate, new_rate), so all outputs of one phase are one product of a strided view with one filter.
+    the two Nyquist rates, under a Hann window of 24 zero crossings a side. They repeat with period
+    new_rate / gcd(rate, new_rate), so they are made once for all files of a rate, unless there are too many.
     """
     if rate == new_rate or not len(samples):
         return samples
     step, phases = (value // math.gcd(rate, new_rate) for value in (rate, new_rate))
-    cutoff = _ROLLOFF * min(1.0, phases / step)  # in units of the input's Nyquist rate
-    reach = math.ceil(_ZEROS / cutoff)
-    padded = torch.nn.functional.pad(samples.float(), (reach - 1, reach + step))
+    reach = _reach(step, phases)
+    windows = torch.nn.functional.pad(samples.float(), (reach - 1, reach + step)).unfold(0, 2 * reach, 1)
     made = torch.empty(-(-len(samples) * phases // step))
-    around = torch.arange(1 - reach, reach + 1, dtype=torch.float64)
-    for phase in range(min(phases, len(made))):
-        whole, part = divmod(phase * step, phases)
-        crossings = (around - part / phases) * cutoff
-        window = torch.cos(crossings.clamp(-_ZEROS, _ZEROS) * (math.pi / 2 / _ZEROS)).square()
-        weights = (torch.sinc(crossings) * window * cutoff).float()
-        row = made[phase::phases]
-        windows = padded[whole:].unfold(0, 2 * reach, step)[: len(row)]
-        for start in range(0, len(row), _ROWS):
-            row[start : start + _ROWS] = windows[start : start + _ROWS] @ weights
+    filters = _filters(step, phases) if phases * reach <= _KEPT else None
+    rows = max(_PRODUCTS // (2 * reach), 1)
+    for start in range(0, len(made), rows):
+        places = torch.arange(start, min(start + rows, len(made))) * step
+        parts = places % phases
+        weights = _filter(parts, step, phases) if filters is None else filters[parts]
+        made[start : start + rows] = (windows[places // phases] * weights).sum(1)
     return made
+
+
+def _reach(step: int, phases: int) -> int:
+    """Input samples on each side of an output that have a weight."""
+    return math.ceil(_ZEROS / (_ROLLOFF * min(1.0, phases / step)))
+
+
+def _filter(parts: Tensor, step: int, phases: int) -> Tensor:
+    """The weights of outputs that lie `parts` / phases behind an input sample, (outputs, 2 reach) float32."""
+    cutoff = _ROLLOFF * min(1.0, phases / step)  # in units of the input's Nyquist rate
+    reach = _reach(step, phases)
+    crossings = (torch.arange(1 - reach, reach + 1, dtype=torch.float64) - parts[:, None] / phases) * cutoff
+    window = torch.cos(crossings.clamp(-_ZEROS, _ZEROS) * (math.pi / 2 / _ZEROS)).square()
+    return (torch.sinc(crossings) * window * cutoff).float()
+
+
+@lru_cache(maxsize=4)
+def _filters(step: int, phases: int) -> Tensor:
+    """One filter per phase: files of one rate share them."""
+    return _filter(torch.arange(phases), step, phases)
 
 
 def mel_filters(bins: int = 80, *, rate: int = RATE, window: int = WINDOW) -> Tensor:

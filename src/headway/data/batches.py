@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,21 @@ class Batch:
         return replace(self, input_ids=inputs, labels=labels, documents=documents)
 
 
+class Windows(Protocol):
+    """An endless stream of batches of windows, each a function of its number."""
+
+    @property
+    def seed(self) -> int:
+        """Another seed, another stream."""
+
+    @property
+    def hash(self) -> str:
+        """What the batches are made of."""
+
+    def batch(self, cursor: int) -> Batch:
+        """Batch number `cursor` >= 0."""
+
+
 class PackedBatches:
     """An endless, deterministic stream of training batches, addressed by number.
 
@@ -83,6 +99,11 @@ class PackedBatches:
         self._epochs: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
     @property
+    def hash(self) -> str:
+        """What the batches are made of."""
+        return self.store.hash
+
+    @property
     def batches_per_epoch(self) -> float:
         """How many batches see every label once; not whole in general, a batch may span two epochs."""
         return self.windows / self.batch_size
@@ -107,10 +128,9 @@ class PackedBatches:
     def _epoch(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
         """An epoch's offset and the order of its windows: hashes, sorted. 8 bytes a window, two epochs kept."""
         if epoch not in self._epochs:
-            keys = np.arange(self.windows, dtype=np.uint64) + np.uint64(hash_of(self.seed, epoch, 2))
             self._epochs = dict(list(self._epochs.items())[-1:])
             offset = hash_of(self.seed, epoch, 1) % self._pairs
-            self._epochs[epoch] = offset, np.argsort(_mix(keys), kind="stable")
+            self._epochs[epoch] = offset, hashed_order(self.windows, self.seed, epoch, 2)
         return self._epochs[epoch]
 
 
@@ -196,6 +216,12 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def hashed_order(count: int, *parts: int) -> NDArray[np.int64]:
+    """The numbers below `count` in an order that some integers name, (count,) int64."""
+    keys = np.arange(count, dtype=np.uint64) + np.uint64(hash_of(*parts))
+    return np.argsort(_mix(keys), kind="stable")
 
 
 def hashed_uniform(places: NDArray[np.int64], use: int) -> NDArray[np.float64]:

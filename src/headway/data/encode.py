@@ -10,13 +10,13 @@ what nn/heads.py asks for; -100 is a place that no loss counts. Nothing here kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from headway.data.batches import IGNORE
-from headway.data.forms import Chat, Labelled, Pair, Question, Tagged
+from headway.data.forms import Chat, Example, Labelled, Pair, Question, Tagged
 from headway.errors import InputError
 from headway.text.chat import ChatTemplate, special_tokens
 from headway.text.tokenizer import Tokenizer
@@ -60,6 +60,21 @@ class Coder:
     max_target: int = 0
     labels: tuple[str, ...] = ()
     token_types: bool = False
+    _ready: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def ahead(self, rows: Iterable[Example]) -> None:
+        """Encode the texts of some rows together, on all cores; `ids` finds them until it is called again.
+
+        Conversations, whose texts a template makes, and contexts, whose places count too, are encoded one by one.
+        """
+        texts = list(dict.fromkeys(text for row in rows for text in _asked(row)))
+        self._ready.clear()
+        self._ready.update(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+
+    def ids(self, text: str) -> list[int]:
+        """The tokenizer's `encode(text)`."""
+        found = self._ready.get(text)
+        return self.tokenizer.encode(text) if found is None else found
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -77,6 +92,20 @@ class Coder:
         if label not in self.numbers:
             raise InputError(where, f"label {label!r:.60}", f"one of {', '.join(self.labels)[:200]}")
         return self.numbers[label]
+
+
+def _asked(row: Example) -> Iterable[str]:
+    """The texts that the encoders below ask `Coder.ids` for."""
+    if isinstance(row, Pair | Labelled):
+        return row.texts()
+    if isinstance(row, Tagged):
+        return _spaced(row.tokens)
+    return (row.question,) if isinstance(row, Question) else ()
+
+
+def _spaced(tokens: Sequence[str]) -> Iterator[str]:
+    """Words as they stand in a sentence."""
+    return (f" {text}" if number else text for number, text in enumerate(tokens))
 
 
 def read_by_decoder(prompt: Sequence[int], answer: Sequence[int], coder: Coder, where: str) -> Encoded:
@@ -99,8 +128,8 @@ def completion(pair: Pair, coder: Coder) -> Iterator[Encoded]:
     """A prompt and its completion for a decoder."""
     words = coder.tokenizer
     begin = [] if words.bos_id is None or words.bos_id not in words.prefix_ids else [words.bos_id]
-    answer = [*words.encode(pair.target), *_end(words)]
-    yield read_by_decoder([*begin, *words.encode(pair.source)], answer, coder, pair.where)
+    answer = [*coder.ids(pair.target), *_end(words)]
+    yield read_by_decoder([*begin, *coder.ids(pair.source)], answer, coder, pair.where)
 
 
 def dialogue(chat: Chat, coder: Coder) -> Iterator[Encoded]:
@@ -143,10 +172,10 @@ def _cut_at(segments: Sequence[tuple[str, bool]], edges: Sequence[int]) -> list[
 def translation(pair: Pair, coder: Coder) -> Iterator[Encoded]:
     """Source and target for an encoder-decoder; the target ends with the end token."""
     words = coder.tokenizer
-    source = words.encode(pair.source)
+    source = coder.ids(pair.source)
     room = coder.max_len - len(words.prefix_ids) - len(words.suffix_ids or _end(words))
     ids = [*words.prefix_ids, *source[:room], *(words.suffix_ids or _end(words))]
-    target = [*words.encode(pair.target), *_end(words)]
+    target = [*coder.ids(pair.target), *_end(words)]
     labels = target[: coder.max_target]
     lost = len(target) - len(labels)
     yield Encoded({"input_ids": ids, "labels": labels}, pair.where, max(len(source) - room, 0) + lost, lost)
@@ -183,9 +212,8 @@ def framed(first: Sequence[int], second: Sequence[int] | None, coder: Coder) -> 
 
 def labelled(row: Labelled, coder: Coder) -> Iterator[Encoded]:
     """One text or two, and a class, several classes, or a number."""
-    words = coder.tokenizer
-    second = None if row.second is None else words.encode(row.second)
-    columns, _, cut = framed(words.encode(row.text), second, coder)
+    second = None if row.second is None else coder.ids(row.second)
+    columns, _, cut = framed(coder.ids(row.text), second, coder)
     yield Encoded({**columns, "labels": _label(row, coder)}, row.where, cut)
 
 
@@ -204,9 +232,9 @@ def tagged(row: Tagged, coder: Coder) -> Iterator[Encoded]:
     ids, labels = list(words.prefix_ids), [IGNORE] * len(words.prefix_ids)
     end, room = list(words.suffix_ids), coder.max_len - len(words.suffix_ids)
     cut = lost = 0
-    for number, (text, tag) in enumerate(zip(row.tokens, row.tags, strict=True)):
+    for text, spaced, tag in zip(row.tokens, _spaced(row.tokens), row.tags, strict=True):
         label = coder.number(tag, row.where)
-        some = words.encode(f" {text}" if number else text) or words.encode(text)
+        some = coder.ids(spaced) or coder.ids(text)
         if len(ids) + len(some) > room:
             cut, lost, room = cut + len(some), lost + 1, len(ids)  # nothing more comes behind the first that is cut
             continue
@@ -233,7 +261,7 @@ class Window(NamedTuple):
 def question_windows(row: Question, coder: Coder) -> Iterator[Window]:
     """The context in windows that overlap by half where one does not hold it; the question is cut to half a window."""
     words = coder.tokenizer
-    question = words.encode(row.question)[: coder.max_len // 2]
+    question = coder.ids(row.question)[: coder.max_len // 2]
     spans = words.encode_spans(row.context)
     room = max(coder.max_len - len(question) - sum(map(len, frame(words, True))), 1)
     step = max(room // WINDOW_STRIDE, 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from headway.data.encode import Coder, Encode, Encoded, Losses
 from headway.errors import InputError
 from headway.strict import dump_json, strict_json
 
+_TOGETHER = 1024  # examples
 TENSORS, META = "examples.safetensors", "manifest.json"
 _VERSION = 2  # of how rows become columns and sides; raise it when that changes
 
@@ -42,6 +44,13 @@ class Column:
         kept = [np.asarray(row, dtype=np.float32 if row and isinstance(row[0], float) else np.int32) for row in rows]
         lengths = np.array([len(row) for row in kept], dtype=np.int64)
         return cls(np.concatenate(kept) if kept else np.zeros(0, np.int32), lengths.cumsum())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Column]) -> Column:
+        """The items of several columns, one behind the other."""
+        begins = np.cumsum([0, *(len(part.values) for part in parts[:-1])])
+        ends = [part.ends + begin for part, begin in zip(parts, begins, strict=True)]
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate(ends))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -61,11 +70,29 @@ class Examples:
 
     Attributes:
         columns: by name; all of one length.
-        hash: of what they were made of.
+        hash: of what they hold, so that another way to the same examples is the same data (R10).
     """
 
     columns: Mapping[str, Column]
     hash: str
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Column]) -> Examples:
+        """Examples known by their content."""
+        digest = hashlib.sha256()
+        for name, column in sorted(columns.items()):
+            digest.update(dump_json([name, str(column.values.dtype), len(column)]).encode())
+            digest.update(np.ascontiguousarray(column.values).data)
+            digest.update(np.ascontiguousarray(column.ends).data)
+        return cls(columns, digest.hexdigest())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """The examples of several sources, one behind the other; all have the same columns."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {name: Column.joined([part.columns[name] for part in parts]) for name in parts[0].columns}
+        return cls(columns, hashlib.sha256("".join(part.hash for part in parts).encode()).hexdigest())
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -107,19 +134,21 @@ class Examples:
 
 
 def encode_all(examples: Iterable[Any], encode: Encode, coder: Coder, losses: Losses) -> Iterator[Encoded]:
-    """Every example through the encoder; what was cut is counted in `losses`."""
-    for example in examples:
-        for one in encode(example, coder):
-            losses.see(one)
-            yield one
+    """Every example through the encoder; what was cut is counted in `losses`. Texts of many examples go together."""
+    waiting = iter(examples)
+    while some := list(islice(waiting, _TOGETHER)):
+        coder.ahead(some)
+        for example in some:
+            for one in encode(example, coder):
+                losses.see(one)
+                yield one
 
 
-def gather(encoded: Iterable[Encoded], made_of: str) -> Examples:
+def gather(encoded: Iterable[Encoded]) -> Examples:
     """Encoded examples as columns."""
     rows = [one.columns for one in encoded]
     names = list(rows[0]) if rows else ["input_ids", "labels"]
-    columns = {name: Column.of(row[name] for row in rows) for name in names}
-    return Examples(columns, made_of)
+    return Examples.of({name: Column.of(row[name] for row in rows) for name in names})
 
 
 @dataclass(frozen=True)
@@ -131,13 +160,13 @@ class Sides:
     lines: list[str]
 
 
-def prepare_examples(made_of: Mapping[str, object], folder: Path, build: Callable[[str], Sides]) -> Sides:
+def prepare_examples(made_of: Mapping[str, object], folder: Path, build: Callable[[], Sides]) -> Sides:
     """Open the examples made of exactly this, or build and keep them.
 
     Args:
         made_of: JSON values that name everything the numbers depend on.
         folder: holds one sub-folder per `made_of`.
-        build: makes both sides; given the hash of `made_of`.
+        build: makes both sides.
 
     Raises MachineError if the disk refuses, InputError from `build`.
     """
@@ -146,7 +175,7 @@ def prepare_examples(made_of: Mapping[str, object], folder: Path, build: Callabl
     ready = _open(target, key)
     if ready is not None:
         return ready
-    built = build(key)
+    built = build()
     tensors = {
         f"{side}.{name}.{part}": torch.from_numpy(values)
         for side, examples in (("train", built.train), ("valid", built.valid))
@@ -155,7 +184,8 @@ def prepare_examples(made_of: Mapping[str, object], folder: Path, build: Callabl
     }
     with files.replacing_folder(target, (META,)) as place:
         files.write(place / TENSORS, write_tensors(tensors))
-        files.write(place / META, [dump_json({"hash": key, "lines": built.lines}).encode()])
+        contents = {"train": built.train.hash, "valid": built.valid.hash}
+        files.write(place / META, [dump_json({"hash": key, "contents": contents, "lines": built.lines}).encode()])
     return built
 
 
@@ -172,7 +202,8 @@ def _open(target: Path, key: str) -> Sides | None:
         for side in ("train", "valid"):
             names = {name.split(".")[1] for name in tensors if name.startswith(f"{side}.")}
             parts = {n: (tensors[f"{side}.{n}.values"].numpy(), tensors[f"{side}.{n}.ends"].numpy()) for n in names}
-            sides[side] = Examples({name: Column(*both) for name, both in sorted(parts.items())}, key)
+            columns = {name: Column(*both) for name, both in sorted(parts.items())}
+            sides[side] = Examples(columns, str(said["contents"][side]))
         return Sides(sides["train"], sides["valid"], [str(line) for line in said["lines"]])
     except (InputError, KeyError):
         return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 import warnings
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headway.data.class_folders import class_names, has_classes, held_out_side, labelled_files
 from headway.data.corpus import place_of_bytes
 from headway.data.sources import ReadOptions, ReadReport, blocks
 from headway.errors import InputError, MachineError
@@ -37,7 +37,6 @@ MAX_BYTES = 1 << 33  # of a whole set
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP", ".gif": "GIF"}
 _GREY = ("1", "L", "LA")
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # pillow cuts these off at 255 rather than scale them
-_HELD_OUT = ("valid", "val", "test")
 _UNSIGNED_BYTE = 8
 
 
@@ -57,8 +56,7 @@ def is_images(path: str | Path) -> bool:
     """Whether a folder holds images: IDX files, or nothing but sub-folders with pictures in each."""
     place = Path(path)
     try:
-        classes = _folders(place / "train" if (place / "train").is_dir() else place)
-        return _idx(place, "train") is not None or (bool(classes) and all(map(_pictures, classes)))
+        return _idx(place, "train") is not None or has_classes(place, _FORMATS)
     except InputError:  # no folder, or one that cannot be read: the readers of text say so
         return False
 
@@ -110,9 +108,9 @@ def held_out_images(
     Raises as find_images; also for a class that is not in `names`.
     """
     place = Path(path)
-    own = [name for name in _HELD_OUT if (place / "train").is_dir() and (place / name).is_dir()]
+    own = held_out_side(place)
     if own or _idx(place, "t10k"):
-        return _read(place, own[0] if own else "t10k", side, names)
+        return _read(place, own or "t10k", side, names)
     return _read(place, "train", side, names) if whole else None
 
 
@@ -120,8 +118,7 @@ def _read(place: Path, part: str, side: int | None, names: tuple[str, ...] | Non
     """One side of a set: `part` is train or t10k of IDX files, or a folder's name where there are several."""
     if found := _idx(place, part) or _idx(place, "train"):
         return _from_idx(*found, side, names)
-    known = place / "train" if (place / "train").is_dir() else place
-    names = names or tuple(folder.name for folder in _folders(known) if _pictures(folder))
+    names = names or class_names(place, _FORMATS)
     return _from_folder(place / part if (place / part).is_dir() else place, side or SIDE, names)
 
 
@@ -192,32 +189,8 @@ def _from_idx(images: Path, labels: Path, side: int | None, names: tuple[str, ..
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(
-            str(folder), f"cannot be read: {error.strerror}", "a folder of images", "check the path"
-        ) from None
-
-
-def _folders(place: Path) -> list[Path]:
-    return [entry for entry in _entries(place) if os.path.isdir(entry)]  # Path's raises where a folder is shut
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return [file for file in _entries(folder) if file.suffix.lower() in _FORMATS]
-
-
 def _from_folder(place: Path, side: int, names: tuple[str, ...]) -> ImageSet:
-    found = [(folder.name, file) for folder in _folders(place) for file in _pictures(folder)]
-    strange = sorted({name for name, _ in found} - {*names})
-    if strange:
-        raise InputError(
-            str(place), f"the class {strange[0]!r}", f"one of {', '.join(names)[:200]}", "one set of classes"
-        )
-    if not found or len(names) < 2:
-        raise InputError(str(place), f"{len(found)} images of {len(names)} classes", "a folder of images per class")
+    found = labelled_files(place, _FORMATS, names, "images")
     size = len(found) * 3 * side * side
     if size > MAX_BYTES:
         raise InputError(
@@ -228,7 +201,7 @@ def _from_folder(place: Path, side: int, names: tuple[str, ...]) -> ImageSet:
         image = _picture(file, side)
         is_grey &= image.shape[0] == 1
         pixels[number] = image  # grey in colour: the same three times
-    labels = np.array([names.index(name) for name, _ in found], dtype=np.int64)
+    labels = np.array([label for label, _ in found], dtype=np.int64)
     return _set(pixels[:, :1].copy() if is_grey else pixels, labels, names)
 
 

@@ -17,7 +17,9 @@ text that `documents` hands out whole; `pieces` streams instead.
 from __future__ import annotations
 
 import codecs
+import glob
 import gzip
+import os
 import re
 import stat
 import zlib
@@ -134,7 +136,7 @@ def find_files(
     """The text files at `path` in the order in which they are read: sorted by their parts.
 
     Args:
-        path: a file or a folder.
+        path: a file, a folder, or a glob of some, as pathlib and the shell have it.
         options, report: as for `documents`.
         check: raises InputError for a file that is not to be read.
 
@@ -142,6 +144,11 @@ def find_files(
         InputError: missing path (with the nearest name beside it), a special file, a binary file, or a folder
             in which no text file is left. UTF-16 and UTF-32, even in a folder if `encoding_errors` is strict.
     """
+    if glob.has_magic(str(path)) and not os.path.exists(path):
+        matching = sorted(glob.glob(str(path), recursive=True))
+        if not matching:
+            raise InputError(str(path), "no file or folder matches", "a path or a glob of some", "check the path")
+        return list(dict.fromkeys(file for one in matching for file in find_files(one, options, report, check)))
     path = Path(path)
     if not _is_folder(path):
         _check_parents(path)

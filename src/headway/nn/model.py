@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         field = "input_ids"
         if shape.patch is not None:
             field, sizes = "pixel_values", (shape.patch.channels, shape.patch.image, shape.patch.image)
-        elif shape.audio is not None and is_encoder:
+        elif shape.audio is not None and (is_encoder or not self.is_pair):
             field, sizes = "input_features", (shape.audio.bins, shape.audio.frames)
         if inputs is None:
             raise InputError(field, "missing", f"the input of kind {self.config.kind}")

@@ -15,11 +15,15 @@ from headway.training.parallel import Parallel
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per supervised token; bits_per_byte: of the text; each None where it does not exist (R18)."""
+    """loss: nats per supervised token; bits_per_byte: of the text; each None where it does not exist (R18).
+
+    sources: the loss of each source, where there are several.
+    """
 
     loss: float | None
     bits_per_byte: float | None
     tokens: int
+    sources: Mapping[str, float] | None = None
 
 
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +68,8 @@ def evaluate(
     if every batch knows its bytes. No supervised token at all gives None for both, never NaN.
     """
     world = parallel.world
-    nats, tokens, size, is_text = 0.0, 0, 0, True
+    tokens, size, is_text = 0, 0, True
+    parts: dict[str, list[float]] = {}  # by source: this process's nats, tokens of all
     with resting(parallel.model, device):
         for batch in batches:
             if interrupted():
@@ -73,14 +78,20 @@ def evaluate(
             count = batch.tokens
             if not count:
                 continue
+            part = parts.setdefault(batch.source or "", [0.0, 0])
             pieces = batch.split(world.data_size)
             for inputs, weight in world.share(pieces, [count_supervised(piece) for piece in pieces]):
                 with precision():
-                    nats += float(parallel.loss(to_device(inputs, device))) * weight * count
+                    part[0] += float(parallel.loss(to_device(inputs, device))) * weight * count
+            part[1] += count
             tokens += count
             is_text &= batch.bytes is not None
             size += batch.bytes or 0
         parallel.settle()
-    (nats,) = world.sums(nats / world.tensor)
-    bits = nats / math.log(2) / size if is_text and size else None
-    return Evaluation(nats / tokens if tokens else None, bits, tokens)
+    nats = (
+        dict(zip(parts, world.sums(*(own / world.tensor for own, _ in parts.values())), strict=True)) if parts else {}
+    )
+    total = sum(nats.values())
+    bits = total / math.log(2) / size if is_text and size else None
+    sources = {name: nats[name] / part[1] for name, part in parts.items() if name}
+    return Evaluation(total / tokens if tokens else None, bits, tokens, sources or None)

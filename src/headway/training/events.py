@@ -7,7 +7,7 @@ The loop makes one event per step and sends it to one listener; it formats nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,7 +43,10 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class EvalEvent:
-    """One evaluation: mean loss per token in nats and bits per byte of text, with a sample where one is made."""
+    """One evaluation: mean loss per token in nats and bits per byte of text, with a sample where one is made.
+
+    `sources` are the losses of each source of a mixture, None elsewhere.
+    """
 
     step: int
     loss: float | None
@@ -51,6 +54,7 @@ class EvalEvent:
     tokens: int
     best: bool
     sample: str | None = None
+    sources: Mapping[str, float | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

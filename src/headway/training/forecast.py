@@ -127,8 +127,9 @@ class Meter:
 
 def _positions(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
     """Positions that a batch puts through the model, padding among them."""
-    if "pixel_values" in inputs:
-        return len(inputs["pixel_values"]) * config.embeddings.patch_count
+    front = config.embeddings.patch or config.embeddings.audio
+    if front is not None and "input_ids" not in inputs:
+        return len(inputs["labels"]) * front.count
     count = inputs["input_ids"].numel()
     return count + inputs["labels"].numel() if config.kind == "encoder-decoder" else count
 

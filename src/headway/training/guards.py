@@ -115,7 +115,8 @@ def out_of_memory(step: int, estimate: Mapping[str, int], train: Train) -> Machi
     found = f"out of memory; the update needs about {sum(estimate.values()) / 1e9:.2f} GB ({parts})"
     if passes < rows:
         more = next(n for n in range(passes * 2, rows * 2) if n >= rows or rows % n == 0)
-        fix = f"train.accumulation={min(more, rows)} (same result), then a smaller train.batch_size or data.context"
+        size = "train.batch_size" if train.batch_tokens is None else "train.batch_tokens"
+        fix = f"train.accumulation={min(more, rows)} (same result), then a smaller {size} or data.context"
     elif not train.checkpoint_activations:
         fix = "train.checkpoint_activations=true (same result, a third slower), then a smaller data.context"
     else:

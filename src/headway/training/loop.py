@@ -127,7 +127,7 @@ class Trainer:
     Attributes:
         model: on its device already; it is trained in place. With `train.ema` evaluations, samples and checkpoints are
             those of its averaged weights, while it holds those of the last step.
-        source: the batches, each of `train.batch_size` rows.
+        source: the batches, as `train` has them.
         train: with `steps` and the rates set; `eval_every` or `checkpoint_every` None means: at the end only.
         folder: the run folder; the caller holds its files.RunLock.
         valid: starts a pass over the evaluation batches.
@@ -173,7 +173,7 @@ class Trainer:
         self._is_stopped = False
         self._saved: tuple[int, int] | None = None  # (step, evaluated) of the newest checkpoint
         self._evaluation: Evaluation | None = None
-        self._length = 0  # positions per row of the last batch, for the estimate when memory runs out
+        self._rows = self._length = 0  # of the last batch, for the estimate when memory runs out
 
     # --- a run from start to end ---------------------------------------------------------------------------------
 
@@ -317,6 +317,7 @@ class Trainer:
         world = self.world
         passes = batch.split(self.train.accumulation * world.data_size)
         self._length = batch.inputs["input_ids"].shape[1] if "input_ids" in batch.inputs else 0
+        self._rows = len(batch.inputs["labels"])
         scale = None if self.progress.scale.fixed else self.progress.scale.value
         tokens, total = backward(self._parallel, passes, self._precision, scale)
         if total is None:
@@ -372,8 +373,9 @@ class Trainer:
             if not guards.is_out_of_memory(error):
                 raise
             length = self._length or self.model.config.max_len
-            estimate = guards.estimate_memory(self.model.config, self.train, self._parameters, length)
-            raise guards.out_of_memory(self.progress.step + 1, estimate, self.train) from error
+            train = self.train.model_copy(update={"batch_size": self.train.batch_size or self._rows})
+            estimate = guards.estimate_memory(self.model.config, train, self._parameters, length)
+            raise guards.out_of_memory(self.progress.step + 1, estimate, train) from error
 
     # --- between updates -----------------------------------------------------------------------------------------
 
@@ -408,7 +410,8 @@ class Trainer:
         else:
             p.stale += 1
         p.evaluated, self._evaluation = p.step, found
-        self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text))
+        sources = None if found.sources is None else {name: number(one) for name, one in found.sources.items()}
+        self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text, sources))
         self._meter.restart()
 
     def _sample(self) -> str | None:

@@ -9,7 +9,7 @@ nothing else, so every kind of model goes through the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headway.data.batches import Batch, PackedBatches, evaluation_batches
+from headway.data.batches import Batch, Windows, evaluation_batches
+from headway.data.mixture import MixedRows
 from headway.data.store import TokenStore
 from headway.errors import BugError, InputError
 
@@ -36,11 +37,13 @@ class TrainingBatch:
             and all have the same number of them.
         sample_ids: a number per row by which a bad example can be found again.
         bytes: bytes of text that the supervised labels stand for; None where that has no meaning.
+        source: which of several sources all rows are from, where that is to be told apart.
     """
 
     inputs: Mapping[str, Tensor]
     sample_ids: Sequence[int]
     bytes: int | None = None
+    source: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,9 +88,9 @@ class CausalLM:
         tokenizer_hash: recorded beside the store's hash.
     """
 
-    def __init__(self, batches: PackedBatches, tokenizer_hash: str) -> None:
+    def __init__(self, batches: Windows, tokenizer_hash: str) -> None:
         self._batches = batches
-        self.identity: Mapping[str, str] = {"data": batches.store.hash, "tokenizer": tokenizer_hash}
+        self.identity: Mapping[str, str] = {"data": batches.hash, "tokenizer": tokenizer_hash}
 
     def batch(self, cursor: int) -> TrainingBatch:
         """Batch number `cursor`."""
@@ -111,6 +114,12 @@ def causal_evaluation(
         yield _causal(batch, token_bytes)
 
 
+def by_source(sources: Mapping[str, Iterable[TrainingBatch]]) -> Iterator[TrainingBatch]:
+    """The batches of one source after the other, each with its source's name; of one source alone without."""
+    for name, batches in sources.items():
+        yield from (replace(batch, source=name) for batch in batches) if len(sources) > 1 else batches
+
+
 def _causal(batch: Batch, token_bytes: Tensor | None) -> TrainingBatch:
     inputs = {"input_ids": batch.input_ids, "labels": batch.labels}
     if batch.documents is not None:
@@ -121,8 +130,13 @@ def _causal(batch: Batch, token_bytes: Tensor | None) -> TrainingBatch:
     return TrainingBatch(inputs, batch.sample_ids, size)
 
 
+def stream(seed: int, use: int, number: int) -> np.random.Generator:
+    """Philox is counter-based: a key of (seed, use and number) gives an independent stream each; `use` is 0 or 1."""
+    return np.random.Generator(np.random.Philox(key=[seed, (number << 1) | use]))
+
+
 class ShuffledExamples(Generic[Example]):
-    """Batches of any examples: each epoch in a fresh order, every example once per epoch.
+    """Batches of any examples: each epoch in a fresh order, every example once per epoch (or in a mixture's shares).
 
     With `lengths` batches hold examples of similar length, so that little is padded: an epoch's order is cut into pools
     of POOL batches, each pool sorted by length and cut into batches, and the batches shuffled.
@@ -135,6 +149,7 @@ class ShuffledExamples(Generic[Example]):
         seed: another seed, another order.
         identity: hashes of the examples, for resuming.
         lengths: of each example, for padding less; None: batches in the plain order.
+        mixed: the rows of several sources in their shares, which an epoch then is.
 
     Raises InputError if there are no examples.
     """
@@ -147,24 +162,26 @@ class ShuffledExamples(Generic[Example]):
         seed: int,
         identity: Mapping[str, str],
         lengths: NDArray[np.int64] | None = None,
+        mixed: MixedRows | None = None,
     ) -> None:
         if not len(examples):
             raise InputError("data", "0 examples", "at least one")
         self._examples, self._collate, self._size, self._seed = examples, collate, batch_size, seed
-        self.identity, self._lengths = identity, lengths
+        self.identity, self._lengths, self._mixed = identity, lengths, mixed
+        self._rows = len(examples) if mixed is None else mixed.rows
         self._orders: dict[int, list[int]] = {}
 
     def batch(self, cursor: int) -> TrainingBatch:
         """Batch number `cursor`; it may span two epochs."""
         places = range(cursor * self._size, (cursor + 1) * self._size)
-        ids = [self._order(place // len(self._examples))[place % len(self._examples)] for place in places]
-        inputs = self._collate([self._examples[number] for number in ids], self._generator(1, cursor))
+        ids = [self._order(place // self._rows)[place % self._rows] for place in places]
+        inputs = self._collate([self._examples[number] for number in ids], stream(self._seed, 1, cursor))
         return TrainingBatch(inputs, ids)
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            rng = self._generator(0, epoch)
-            order = rng.permutation(len(self._examples))
+            rng = stream(self._seed, 0, epoch)
+            order = rng.permutation(self._rows) if self._mixed is None else self._mixed.epoch(epoch)
             if self._lengths is not None:
                 order = self._bucketed(order, -epoch * len(order) % self._size, self._lengths, rng)
             self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order.tolist()}
@@ -180,10 +197,6 @@ class ShuffledExamples(Generic[Example]):
         whole = [number for number, batch in enumerate(batches) if len(batch) == self._size and number]
         moved = dict(zip(whole, rng.permutation(whole).tolist(), strict=True)) if whole else {}
         return np.concatenate([batches[moved.get(number, number)] for number in range(len(batches))])
-
-    def _generator(self, use: int, number: int) -> np.random.Generator:
-        """Philox is counter-based: a key of (seed, use and number) gives an independent stream each."""
-        return np.random.Generator(np.random.Philox(key=[self._seed, (number << 1) | use]))
 
 
 def token_byte_lengths(pieces: Iterable[bytes]) -> Tensor:

@@ -75,6 +75,7 @@ class Facts:
         context: positions of the longest example, None for windows.
         base: the config of the published model that is trained further, if one is.
         longest: positions that a teacher can read, None without one.
+        batches: of one pass, by a budget of padded tokens; None where all examples have one length.
     """
 
     tokens: int
@@ -83,6 +84,13 @@ class Facts:
     context: int | None = None
     base: ModelConfig | None = None
     longest: int | None = None
+    batches: Callable[[int], int] | None = None
+
+    def rows_of_batch(self, train: Train) -> float:
+        """Rows of an update, of batches that a budget of tokens makes their mean."""
+        if train.batch_tokens is None or self.batches is None:
+            return train.batch_size or 1
+        return (self.rows or 1) / self.batches(train.batch_tokens)
 
 
 def random_windows(config: ModelConfig, rows: int, context: int, *, isolate: bool = True) -> dict[str, Tensor]:
@@ -152,16 +160,14 @@ def resolve(
     context = run.data.context or facts.context or min(_context(facts.tokens), facts.longest or MOST_CONTEXT)
     model = facts.base or _model(run, facts, context, budget, _rate(probe))
     length = context if facts.rows is None else max(facts.tokens // facts.rows, 1)
-    batch = run.train.batch_size or (
-        _batch_size(_expected_tokens(run, model, facts, length, budget, probe), length)
-        if facts.base is None
-        else TUNING_ROWS
-    )
+    batch = _rows(run, facts, lambda: _batch_size(_expected_tokens(run, model, facts, length, budget, probe), length))
     batch = -(-batch // run.train.accumulation) * run.train.accumulation
     train = _rates(run.train.model_copy(update={"batch_size": batch}), model, run.preset is not None)
     train, seconds = _fastest(train, model, context, probe, clock)
     evaluations = EVALUATIONS
-    passes = facts.tokens / (batch * length)  # steps of one pass over the data
+    budgeted = run.train.batch_tokens is not None and facts.rows is not None
+    # Steps of one pass over the data.
+    passes = (facts.rows or 1) / facts.rows_of_batch(run.train) if budgeted else facts.tokens / (batch * length)
     if train.steps is None and train.epochs is not None:
         train = train.model_copy(update={"steps": max(math.ceil(train.epochs * passes), 1)})
     elif train.steps is None:
@@ -172,9 +178,18 @@ def resolve(
         useful = math.ceil((PASSES if facts.rows is None else ROW_PASSES) * passes)
         train = train.model_copy(update={"steps": max(min(affordable, useful), 1)})
     train = _intervals(train, evaluations, TUNING_WARMUP if facts.base is not None else 0.02)
+    if budgeted:  # the rows of a batch were needed to time a step; a config says one of the two
+        train = train.model_copy(update={"batch_size": None})
     data = run.data.model_copy(update={"context": context})
     fields = model.model_dump(mode="json")
     return model, run.model_copy(update={"model": fields, "train": train, "data": data})
+
+
+def _rows(run: RunConfig, facts: Facts, chosen: Callable[[], int]) -> int:
+    """Rows of an update: what the user says, what a budget of tokens comes to, or what is `chosen` for a new model."""
+    if run.train.batch_tokens is not None:
+        return max(round(facts.rows_of_batch(run.train)), 1)
+    return run.train.batch_size or (chosen() if facts.base is None else TUNING_ROWS)
 
 
 def _tuned(run: RunConfig) -> RunConfig:

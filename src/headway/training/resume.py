@@ -28,6 +28,7 @@ from headway.checkpoints.shards import SHARED_HASH, read_group, write_shares
 from headway.checkpoints.state import flatten_state, unflatten_state
 from headway.checkpoints.tensors import tensor_hash
 from headway.errors import ConfigError, InputError
+from headway.run_config import WHOLE
 from headway.strict import dump_json, strict_json
 from headway.training.averaging import Average, shown
 from headway.training.guards import LossScale, SpikeWatch
@@ -37,8 +38,9 @@ from headway.training.parts import local, part
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
-# Where a file lies does not matter, what it holds is compared by hash; threads, dtype, device are R11's.
-FREE = {"output", "data.path", "tokenizer.path", "distill.teacher", "train.threads", "train.dtype", "train.device"}
+# Where a file lies does not matter, what it holds and its share are compared by hash; threads, dtype, device are R11's.
+FREE = {"output", "data.path", "data.mixture", "tokenizer.path", "distill.teacher"}
+FREE |= {"train.threads", "train.dtype", "train.device"}
 FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
 FREE |= {"train.strategy", "train.tensor_parallel", "train.collective_timeout"}  # how processes share the work
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
@@ -237,7 +239,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:
-    if isinstance(value, Mapping) and (value or not path):
+    if isinstance(value, Mapping) and (value or not path) and path not in WHOLE:
         inner = [_flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items()]
         return {key: item for part in inner for key, item in part.items()}
     return {path: value}

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headway.data.batches import IGNORE
@@ -35,7 +38,9 @@ from headway.data.encode import (
 )
 from headway.data.examples import Examples
 from headway.data.forms import Chat, Example, Labelled, Pair, Question, Tagged
+from headway.data.mixture import MixedRows
 from headway.errors import ConfigError, InputError
+from headway.training.budget import BudgetedExamples, cuts
 from headway.training.objectives import ShuffledExamples, TrainingBatch
 
 SECOND = "second_ids"  # the column of a pair's other text
@@ -67,9 +72,8 @@ class Task:
 
 def paired(pair: Pair, coder: Coder) -> Iterator[Encoded]:
     """Two texts that belong together, each on its own."""
-    words = coder.tokenizer
-    first, _, cut = framed(words.encode(pair.source), None, coder)
-    second, _, more = framed(words.encode(pair.target), None, coder)
+    first, _, cut = framed(coder.ids(pair.source), None, coder)
+    second, _, more = framed(coder.ids(pair.target), None, coder)
     yield Encoded({"input_ids": first["input_ids"], SECOND: second["input_ids"]}, pair.where, cut + more)
 
 
@@ -154,6 +158,7 @@ class ExampleBatches:
         self.examples = examples
         self._pads = {"input_ids": pad, SECOND: pad, "token_types": 0}
         self._pads |= {"labels": IGNORE} if task.sequence_labels else {}
+        self._reads_target = task.kinds[0] == "encoder-decoder"
 
     def collate(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """These examples; a pair becomes two rows, one behind the other, with its number as label."""
@@ -162,21 +167,52 @@ class ExampleBatches:
             return inputs
         return _interleaved(inputs, self._pads["input_ids"], self.examples, ids)
 
-    def shuffled(self, batch_size: int, seed: int, tokenizer_hash: str) -> ShuffledExamples[int]:
-        """The endless stream for training, rows of similar lengths together."""
-        identity = {"data": self.examples.hash, "tokenizer": tokenizer_hash}
+    def shuffled(
+        self, batch_size: int, seed: int, tokenizer_hash: str, mixed: MixedRows | None = None
+    ) -> ShuffledExamples[int]:
+        """The endless stream for training, rows of similar lengths together; `mixed` are their shares, if of several
+        sources."""
+        made_of = self.examples.hash if mixed is None else mixed.mixture.sign([self.examples.hash])
+        identity = {"data": made_of, "tokenizer": tokenizer_hash}
         numbers = range(len(self.examples))
         lengths = self.examples.lengths
-        return ShuffledExamples(numbers, lambda ids, _: self.collate(ids), batch_size, seed, identity, lengths)
+        return ShuffledExamples(numbers, lambda ids, _: self.collate(ids), batch_size, seed, identity, lengths, mixed)
 
-    def in_order(self, batch_size: int, limit: int) -> Iterator[TrainingBatch]:
-        """The same `limit` examples every time, spread over all of them, longest first."""
-        count = min(limit, len(self.examples))
-        chosen = [place * len(self.examples) // count for place in range(count)]
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N, K) positions that each example puts through the model, in each of K tables that are padded apart.
+
+        The input; of an encoder-decoder the target too; of a pair both its rows, which are padded alike.
+        """
+        columns = self.examples.columns
+        if SECOND in columns:
+            return 2 * self.examples.lengths[:, None]
+        names = ["input_ids", *(["labels"] if self._reads_target else [])]
+        return np.stack([columns[name].lengths for name in names], 1)
+
+    def budgeted(self, budget: int, seed: int, tokenizer_hash: str) -> BudgetedExamples[int]:
+        """The endless stream for training, in batches of at most `budget` padded tokens. Raises InputError."""
+        identity = {"data": self.examples.hash, "tokenizer": tokenizer_hash}
+        numbers = range(len(self.examples))
+        return BudgetedExamples(numbers, lambda ids, _: self.collate(ids), self.sizes, budget, seed, identity)
+
+    def in_order(
+        self, batch_size: int, limit: int, among: range | None = None, budget: int | None = None
+    ) -> Iterator[TrainingBatch]:
+        """The same `limit` examples every time, spread over all of them or those of `among`, longest first.
+
+        With a `budget` batches hold as many rows as stay within so many padded tokens, and at least one.
+        """
+        among = range(len(self.examples)) if among is None else among
+        count = min(limit, len(among))
+        chosen = [among[place * len(among) // count] for place in range(count)]
         lengths = self.examples.lengths
         chosen.sort(key=lambda number: -int(lengths[number]))
-        for begin in range(0, count, batch_size):
-            ids = chosen[begin : begin + batch_size]
+        ends = [*range(batch_size, count, batch_size), count]
+        if budget is not None:
+            ends = cuts(self.sizes[chosen], budget)
+        for begin, end in pairwise([0, *ends]):
+            ids = chosen[begin:end]
             yield TrainingBatch(self.collate(ids), ids)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway import run_config as rc
 from headway.config import ModelConfig
-from headway.data.batches import Batch, PackedBatches, evaluation_batches, hashed_uniform
+from headway.data.batches import Batch, Windows, evaluation_batches, hashed_uniform
 from headway.data.corrupt import TokenFlags, corrupt_spans, infill, mask_tokens, padded, span_counts, text_length
 from headway.data.store import TokenStore
 from headway.errors import ConfigError
@@ -143,9 +143,9 @@ def _infilled(
 class CorruptedWindows:
     """Batches of windows, each corrupted by a generator that its number names."""
 
-    def __init__(self, batches: PackedBatches, corrupt: Corrupt, tokenizer_hash: str) -> None:
+    def __init__(self, batches: Windows, corrupt: Corrupt, tokenizer_hash: str) -> None:
         self._batches, self._corrupt = batches, corrupt
-        self.identity: Mapping[str, str] = {"data": batches.store.hash, "tokenizer": tokenizer_hash}
+        self.identity: Mapping[str, str] = {"data": batches.hash, "tokenizer": tokenizer_hash}
 
     def batch(self, cursor: int) -> TrainingBatch:
         """Batch number `cursor`."""
