@@ -34,6 +34,7 @@ from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.first_look import look
 from headway.training.forecast import Forecast, forecast
 from headway.training.loop import Hooks, Result, Resume, Trainer
+from headway.training.proof import Proof, prove
 from headway.training.recipe import resolve, time_step
 from headway.training.teaching import check_teaching
 from headway.training.throughput import resident_bytes
@@ -129,6 +130,7 @@ class RunResult:
     folder: Path
     plan: Plan
     result: Result | None
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class Launch:
         override: allow changes to keys that may change when resuming.
         overwrite: throw away a run that is in the folder. force: take over a lock held on another host.
         dry_run: stop when the plan stands; nothing is written into the run folder.
+        prove: do so many steps again from the checkpoint before the newest, compare, and stop.
     """
 
     resume: Resume = "never"
@@ -147,6 +150,7 @@ class Launch:
     overwrite: bool = False
     force: bool = False
     dry_run: bool = False
+    prove: int = 0
 
 
 def default_output(run: RunConfig) -> Path:
@@ -249,6 +253,10 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     say(plan)
     if how.dry_run:
         return RunResult(folder, plan, None)
+    if how.prove:
+        assert limits is not None
+        make = partial(_trainer, plan, model, limits=limits, world=world)
+        return RunResult(folder, plan, None, prove(folder, make, how.prove))
     is_begun = how.resume != "never" and bool(list_checkpoints(folder))
     if not is_begun and world.is_first:
         _describe(folder, plan)

@@ -14,6 +14,7 @@ from headway.errors import ConfigError
 if TYPE_CHECKING:
     from headway.launch import RunResult
     from headway.run_config import Resolved
+    from headway.training.proof import Proof
 
 # Flags that set a key of the run config.
 _KEYS = {
@@ -43,6 +44,9 @@ class Options(Common):
         bool,
         option("--show-batch", help="Show the first batch and what is learned in it, and stop; FILE.html: as a page."),
     ] = False
+    prove: Annotated[
+        int | None, option(help="With --resume: do N steps again from the last checkpoint but one, compare, and stop.")
+    ] = None
     print_config: Annotated[bool, option("--print-config", help="Show every key, its value and where it is from.")] = (
         False
     )
@@ -122,7 +126,10 @@ def run(options: Options) -> int:
     from headway.cli.display import Display
     from headway.launch import Launch, train
 
-    how = Launch(resume, options.override, options.overwrite, options.force, options.dry_run or options.show_batch)
+    if options.prove is not None and (resume == "never" or options.prove < 1):
+        raise ConfigError("--prove", f"{options.prove} steps of a new run", "steps of a run", "--resume RUN --prove 20")
+    dry_run, prove = options.dry_run or options.show_batch, options.prove or 0
+    how = Launch(resume, options.override, options.overwrite, options.force, dry_run, prove)
     with Display() as display:
         done = train(resolved.run, how, display)
     if not workers.is_first():
@@ -132,6 +139,8 @@ def run(options: Options) -> int:
     printer.result(summary(done))
     if done.result is not None:
         _next(printer, done)
+    elif done.proof is not None:
+        printer.say(_proven(done.proof))
     else:
         printer.say("nothing was trained (--dry-run)")
     return 0
@@ -156,6 +165,8 @@ def summary(done: RunResult) -> dict[str, object]:
         f"valid_{made.unit}": made.sizes[1],
         "config": run.model_dump(mode="json"),
     }
+    if done.proof is not None:
+        out["proof"] = {**vars(done.proof), "checkpoint": done.proof.checkpoint and str(done.proof.checkpoint)}
     if result is not None:
         evaluation = result.evaluation
         out |= {
@@ -171,6 +182,13 @@ def summary(done: RunResult) -> dict[str, object]:
             "checkpoint": str(result.checkpoint),
         }
     return out
+
+
+def _proven(proof: Proof) -> str:
+    steps = (
+        f"steps {proof.first:,} to {proof.last:,} done again: loss and gradient norm of {proof.compared:,} are equal"
+    )
+    return steps + ("" if proof.checkpoint is None else f", and so are weights and optimizer of {proof.checkpoint}")
 
 
 def _next(printer: Printer, done: RunResult) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from headway import files
 from headway.checkpoints.folder import (
@@ -222,6 +223,14 @@ class Trainer:
             seconds=time.monotonic() - began,
             checkpoint=checkpoint_path(self.folder, p.step),
         )
+
+    def replay(self, start: Found, last: int) -> dict[str, dict[str, Tensor]]:
+        """Do the steps after a checkpoint again up to step `last`, saving nothing; the tensors a save would write."""
+        self.progress, _ = self._state.restore(start, override=True)
+        self.model.train()
+        while self.progress.step < last:
+            self._update()
+        return self._state.capture(self.progress)[0]
 
     def _loop(self, signals: StopSignals) -> None:
         p = self.progress
