@@ -161,6 +161,7 @@ OTHER: dict[str, object] = {
     "steps": 9,
     "epochs": 2.0,
     "batch_size": 8,
+    "batch_tokens": 512,
     "accumulation": 4,
     "optimizer": "adamw",
     "lr": 0.02,
