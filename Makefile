@@ -14,7 +14,7 @@ demo: $(VENV)/.demo  ## train a small GPT on this machine's own documentation an
 setup: $(VENV)/.test  ## the environment alone, with what the tests need
 
 test: check  ## format, lint, types, budgets, tests
-	HEADWAY_TEST=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	HEADWAY_TEST=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
 check: $(VENV)/.test  ## everything but the tests
 	$(BIN)/ruff format --check .

@@ -2,8 +2,9 @@
 
 The baseline trains its 2,000 steps; Headway's recipe, at the same layers, width and context and with no more
 parameters, trains as many steps as it takes to reach the baseline's final loss (a run of its own per length, since the
-schedule ends with the run), and then for the baseline's whole time. Only training steps are timed, on the same
-machine, and the runs are cut into slices that take turns, so that a busy minute hits both.
+schedule ends with the run), and so does a shape of its own choice, which is smaller; then both train for the baseline's
+whole time. Only training steps are timed, on the same machine, in slices that take turns, so that a busy
+minute hits all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from headway.training.schedules import scale
 SLICE = 20
 # Grouped keys and values pay for the untied head, so that the parameters stay below the baseline's.
 MODEL = {"n_layers": SMALL.n_layers, "d_model": SMALL.d_model, "n_heads": SMALL.n_heads, "n_kv_heads": 2}
+# A shape of its own: what is learned in seconds fits two layers, and a step of it costs a third.
+FREE = {"n_layers": 2, "d_model": 96, "n_heads": 3, "n_kv_heads": 1}
 
 
 class Ours:
@@ -96,48 +99,68 @@ def bits_per_byte(loss: object, valid: Tensor, windows: int = 1000) -> float:
     return total / windows / math.log(2)
 
 
-def main() -> None:
-    args = options(__doc__ or "", baseline_steps=2000, steps=220, batch=12, seeds=3)
-    data, valid = as_tensor(wikitext("train")), as_tensor(wikitext("valid"))
-    base = Timed(Loop(SMALL, data, args.baseline_steps), args.baseline_steps)
-    short = [Timed(Ours(data, args.steps, args.batch, seed), args.steps) for seed in range(args.seeds)]
-    # Interleaved: the baseline's slices are spread over those of the short runs.
-    per_turn = max(1, args.baseline_steps // (args.steps * args.seeds))
-    waiting = list(short)
+def short_runs(data: Tensor, steps: int, batch: int, seeds: int, model: Mapping[str, object]) -> list[Timed]:
+    return [Timed(Ours(data, steps, batch, seed, model), steps) for seed in range(seeds)]
+
+
+def take_turns(base: Timed, runs: list[Timed]) -> None:
+    """The baseline's slices are spread over those of the short runs."""
+    per_turn = max(1, base.steps // sum(run.steps for run in runs))
+    waiting = list(runs)
     while waiting or base.loop.done < base.steps:
         for _ in range(per_turn):
             base.slice()
         if waiting and not waiting[0].slice():
             waiting.pop(0)
-    target = bits_per_byte(base.loop.model, valid)
-    reached = [bits_per_byte(run.loop.loss, valid) for run in short]
-    step = statistics.median(t / SLICE for run in short for t in run.slices)
-    count = sum(p.numel() for p in base.loop.model.parameters())
-    ours = sum(p.numel() for p in short[0].loop.model.parameters())
-    print(f"baseline {base.seconds:.1f} s, {target:.4f} bits per byte, {count} parameters", flush=True)
-    for run, value in zip(short, reached, strict=True):
-        print(f"headway  {run.seconds:.1f} s, {value:.4f} bits per byte, {ours} parameters", flush=True)
-    long = Timed(Ours(data, int(base.seconds / step), args.batch, 0), int(base.seconds / step))
+
+
+def judged(runs: list[Timed], base: Timed, target: float, valid: Tensor) -> dict[str, object]:
+    """Seconds and bits per byte of each seed, and the ratio to the baseline."""
+    bits = [bits_per_byte(run.loop.loss, valid) for run in runs]
+    seconds = [run.seconds for run in runs]
+    return {
+        "seconds": [round(value, 2) for value in seconds],
+        "bits_per_byte": [round(value, 4) for value in bits],
+        "parameters": sum(p.numel() for p in runs[0].loop.model.parameters()),
+        "steps": runs[0].steps,
+        "reached_baseline": all(value <= target for value in bits),
+        "ratio": round(base.seconds / statistics.median(seconds), 2),
+    }
+
+
+def whole_time(data: Tensor, batch: int, runs: list[Timed], seconds: float, model: Mapping[str, object]) -> Timed:
+    """As many steps as fit into the baseline's time."""
+    step = statistics.median(t / SLICE for run in runs for t in run.slices)
+    long = Timed(Ours(data, int(seconds / step), batch, 0, model), int(seconds / step))
     while long.slice():
         pass
-    at_equal_time = bits_per_byte(long.loop.loss, valid)
-    seconds = statistics.median(run.seconds for run in short)
-    print(f"headway  {long.seconds:.1f} s, {at_equal_time:.4f} bits per byte", flush=True)
-    report(
-        {
-            "benchmark": "time_to_loss",
-            "baseline": {"seconds": round(base.seconds, 2), "bits_per_byte": round(target, 4), "parameters": count},
-            "headway": {
-                "seconds": [round(run.seconds, 2) for run in short],
-                "bits_per_byte": [round(value, 4) for value in reached],
-                "parameters": ours,
-                "steps": args.steps,
-            },
-            "reached_baseline": all(value <= target for value in reached),
-            "ratio": round(base.seconds / seconds, 2),
-            "equal_time": {"seconds": round(long.seconds, 2), "bits_per_byte": round(at_equal_time, 4)},
-        }
+    return long
+
+
+def main() -> None:
+    args = options(
+        __doc__ or "", baseline_steps=2000, steps=220, free_steps=260, batch=12, free_batch=12, seeds=3, times=1
     )
+    data, valid = as_tensor(wikitext("train")), as_tensor(wikitext("valid"))
+    base = Timed(Loop(SMALL, data, args.baseline_steps * args.times), args.baseline_steps * args.times)
+    shapes = {"same shape": (MODEL, args.steps, args.batch), "free shape": (FREE, args.free_steps, args.free_batch)}
+    runs = {n: short_runs(data, steps, batch, args.seeds, model) for n, (model, steps, batch) in shapes.items()}
+    take_turns(base, [run for some in runs.values() for run in some])
+    target = bits_per_byte(base.loop.model, valid)
+    count = sum(p.numel() for p in base.loop.model.parameters())
+    out: dict[str, object] = {
+        "benchmark": "time_to_loss",
+        "baseline": {"seconds": round(base.seconds, 2), "bits_per_byte": round(target, 4), "parameters": count},
+    }
+    print(out["baseline"], flush=True)
+    for name, (model, _, batch) in shapes.items():
+        found = judged(runs[name], base, target, valid)
+        print(f"{name}: {found}", flush=True)
+        long = whole_time(data, batch, runs[name], base.seconds, model)
+        equal = {"seconds": round(long.seconds, 2), "bits_per_byte": round(bits_per_byte(long.loop.loss, valid), 4)}
+        print(f"{name} at equal time: {equal}", flush=True)
+        out[name] = {**found, "equal_time": equal}
+    report(out)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def customized(place: Path, code: str) -> str:
 
 
 @pytest.mark.fault("D1", "D8")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1])
 def test_a_killed_rank_ends_all_and_the_last_checkpoint_stands(
     long_run: tuple[subprocess.Popen[str], Path], rank: int
 ) -> None:
@@ -178,7 +178,7 @@ def test_a_rank_that_never_comes(place: Path, code: int) -> None:
     path = customized(place, f"os._exit({code})")
     began = time.monotonic()
     running = command(
-        place, "train.steps=4", "train.collective_timeout=6", "--nproc", "2", "output=run", PYTHONPATH=path
+        place, "train.steps=4", "train.collective_timeout=4", "--nproc", "2", "output=run", PYTHONPATH=path
     )
     found, said = ended(running)
     assert found == 6 and time.monotonic() - began < 60, said

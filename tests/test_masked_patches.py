@@ -28,6 +28,7 @@ from headway.nn.embeddings import cut
 from headway.run_config import MaskedPatches
 from headway.training import loop
 from headway.training.gradients import backward
+from headway.training.parallel import Parallel
 from headway.training.pictures import ImageBatches, hide
 
 from objective_cases import SMALL, config  # isort: skip
@@ -143,7 +144,7 @@ def test_passes_give_the_gradient_of_the_whole_batch(images: Path, tmp_path: Pat
     def gradients(parts: int) -> tuple[float, dict[str, Tensor]]:
         model.zero_grad()
         passes = [{n: t.double() for n, t in one.items()} for one in batch.split(parts)]
-        tokens, loss = backward(model, passes, nullcontext)
+        tokens, loss = backward(Parallel(model), passes, nullcontext)
         assert loss is not None and tokens == int((batch.inputs["labels"] != -100).sum())
         return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

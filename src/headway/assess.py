@@ -183,6 +183,9 @@ def _signals(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     patch, audio = loaded.config.embeddings.patch, loaded.config.embeddings.audio
     batches: SignalBatches
     if patch is not None:
+        if loaded.config.head.type != "image-classification":
+            fix = f"headway train base={loaded.path} data.path=IMAGES"
+            raise ConfigError("head", f"{loaded.config.head.type} tells no classes", "image-classification", fix)
         images = held_out_images(data, patch.image)
         assert images is not None
         labels, batches = images.labels, ImageBatches(images, ImageClassification(), patch.size)

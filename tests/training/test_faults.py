@@ -74,6 +74,8 @@ def test_a_number_that_is_none_stops_before_the_update(tmp_path: Path, what: str
     assert stopped.value.exit_code == 5 and f"step {BAD_STEP}" in text and "gradient norm" in text
     ids = source().batch(BAD_STEP - 1).sample_ids
     assert f"samples {', '.join(map(str, ids))}" in text
+    origin = {"input": "first in embeddings;", "gradient": "first in the gradient of embeddings.tokens.weight;"}
+    assert origin.get(what, "") in text
     assert "the weights are those of step 3" in text and "step-00000002" in text
     assert all(torch.equal(seen[3][name], now) for name, now in trainer.model.state_dict().items())
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]

@@ -22,6 +22,13 @@ CURVES = {
     "tokens_per_second": ("speed", "supervised labels per second"),
     "memory": ("memory", "bytes"),
 }
+# The same of a health record, which has one value per part.
+INSIDE = {
+    "gradients": ("gradient norm by part", "norm before clipping"),
+    "activations": ("activations by block", "root mean square"),
+    "entropy": ("attention entropy by block", "nats"),
+}
+MOST_LINES = 8
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille cell, from the top, left and right
 _SECONDS = 2.0
 _STYLE = """
@@ -89,6 +96,31 @@ def points_of(rows: Sequence[Mapping[str, Any]], key: str, event: str = "step") 
     """(step, value) of the records that have one."""
     found = [(row["step"], row.get(key)) for row in rows if row.get("event") == event]
     return [(float(step), float(value)) for step, value in found if isinstance(value, int | float)]
+
+
+def inside(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Point]]:
+    """The curve of each part; of many those that lie evenly among them, first and last included."""
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        if row.get("event") == "health":
+            for name, value in row[key].items():
+                if isinstance(value, int | float):
+                    found.setdefault(name, []).append((float(row["step"]), float(value)))
+    count = min(len(found), MOST_LINES)
+    chosen = {round(place * (len(found) - 1) / max(count - 1, 1)) for place in range(count)}
+    return {name: points for number, (name, points) in enumerate(found.items()) if number in chosen}
+
+
+def shaded(count: int) -> list[str]:
+    """Colours from dark blue to yellow, one per depth, told apart by all kinds of eyes (viridis)."""
+    stops = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (190, 190, 30))
+    out = []
+    for number in range(count):
+        place = number / max(count - 1, 1) * (len(stops) - 1)
+        left = min(int(place), len(stops) - 2)
+        mixed = (a + (b - a) * (place - left) for a, b in zip(stops[left], stops[left + 1], strict=True))
+        out.append("#" + "".join(f"{round(value):02x}" for value in mixed))
+    return out
 
 
 def braille(points: Sequence[Point], width: int, height: int) -> list[str]:
@@ -160,6 +192,13 @@ def page(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
         points = points_of(rows, key)
         if key != "loss" and points:
             curves.append((name, unit, [Series("", points, BLUE)], False))
+    for key, (name, unit) in INSIDE.items():
+        lines = inside(rows, key)
+        if lines:
+            shades = shaded(len(lines))
+            curves.append(
+                (name, unit, [Series(n, p, c) for (n, p), c in zip(lines.items(), shades, strict=True)], False)
+            )
     for name, unit, series, is_log in curves:
         svg = draw(series, name, "step", unit, log_x=is_log)["svg"].decode()
         parts.append(svg[svg.index("<svg") :])

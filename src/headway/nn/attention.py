@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from headway.nn.norms import make_norm
 
 Backend = Literal["auto", "naive", "sdpa", "flex"]
 _forced: Backend = "auto"
+_observer: Callable[[Tensor], None] | None = None
 
 
 @contextlib.contextmanager
@@ -42,6 +43,17 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextlib.contextmanager
+def observed(see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show the weights (B, N, T, S) of every attention inside, in the order of the calls; they are computed for it."""
+    global _observer
+    before, _observer = _observer, see
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 class Scores(NamedTuple):
@@ -71,6 +83,8 @@ def attend(
     """
     backend = _choose(q_BTNH, scores) if _forced == "auto" else _forced
     q, k, v = q_BTNH.transpose(1, 2), k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    if _observer is not None:
+        _observer(_weights(q, k, mask, scores, bias_BNTS))
     return _BACKENDS[backend](q, k, v, mask, scores, bias_BNTS).transpose(1, 2)
 
 
@@ -81,7 +95,15 @@ def _choose(q: Tensor, scores: Scores) -> Backend:
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor | None) -> Tensor:
-    """The formula. Shapes (B, N, T, H), (B, K, S, H); queries are folded by group, keys are never repeated."""
+    """The formula. Shapes (B, N, T, H), (B, K, S, H)."""
+    B, N, T, _ = q.shape
+    K, S = k.shape[1], k.shape[2]
+    weights = F.dropout(_weights(q, k, mask, how, bias), how.dropout)
+    return (weights.view(B, K, N // K * T, S) @ v).view(B, N, T, v.shape[-1])
+
+
+def _weights(q: Tensor, k: Tensor, mask: Mask, how: Scores, bias: Tensor | None) -> Tensor:
+    """Who reads how much from whom, (B, N, T, S); queries are folded by group, keys are never repeated."""
     B, N, T, H = q.shape
     K, S = k.shape[1], k.shape[2]
     scores = (q.reshape(B, K, N // K * T, H) @ k.transpose(-1, -2)).view(B, N, T, S) * how.scale
@@ -98,8 +120,7 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tenso
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     if visible is not None:
         weights = weights.masked_fill(blind, 0.0)
-    weights = F.dropout(weights, how.dropout)
-    return (weights.view(B, K, N // K * T, S) @ v).view(B, N, T, v.shape[-1])
+    return weights
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor | None) -> Tensor:

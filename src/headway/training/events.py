@@ -58,6 +58,17 @@ class EvalEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class HealthEvent:
+    """How the model is inside at an evaluation, by part or block in order (health.py): norms of the last gradient,
+    sizes of activations, entropies of attention in nats."""
+
+    step: int
+    gradients: Mapping[str, float]
+    activations: Mapping[str, float]
+    entropy: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointEvent:
     """A checkpoint that stands on the disk."""
 
@@ -83,12 +94,13 @@ class WarningEvent:
     text: str
 
 
-Event = StepEvent | EvalEvent | CheckpointEvent | ResumeEvent | WarningEvent
+Event = StepEvent | EvalEvent | HealthEvent | CheckpointEvent | ResumeEvent | WarningEvent
 Listener = Callable[[Event], None]
 
 _NAMES: dict[type[Event], str] = {
     StepEvent: "step",
     EvalEvent: "eval",
+    HealthEvent: "health",
     CheckpointEvent: "checkpoint",
     ResumeEvent: "resume",
     WarningEvent: "warning",
@@ -104,6 +116,11 @@ def record(event: Event) -> dict[str, object]:
     """The event as JSON values, `event` naming its kind; floats that are not finite become null."""
     out: dict[str, object] = {"event": _NAMES[type(event)]}
     for item in fields(event):
-        value = getattr(event, item.name)
-        out[item.name] = number(value) if isinstance(value, float) else str(value) if isinstance(value, Path) else value
+        out[item.name] = _plain(getattr(event, item.name))
     return out
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return number(value) if isinstance(value, float) else str(value) if isinstance(value, Path) else value

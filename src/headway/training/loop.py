@@ -40,11 +40,13 @@ from headway.nn.heads import LanguageModelHead
 from headway.run_config import Train
 from headway.training import guards
 from headway.training.averaging import Average, shown
+from headway.training.diagnosis import first_nonfinite
 from headway.training.evaluate import DTYPES, Evaluation, evaluate, precision, resting
 from headway.training.events import (
     CheckpointEvent,
     EvalEvent,
     Event,
+    HealthEvent,
     Listener,
     ResumeEvent,
     StepEvent,
@@ -52,8 +54,9 @@ from headway.training.events import (
     number,
 )
 from headway.training.gradients import backward
+from headway.training.health import gradient_norms, measure
 from headway.training.metrics import METRICS, MetricsLog
-from headway.training.objectives import BatchSource, TrainingBatch
+from headway.training.objectives import BatchSource, TrainingBatch, count_supervised
 from headway.training.optimizers import make_optimizer
 from headway.training.parallel import Parallel
 from headway.training.parts import local
@@ -172,6 +175,7 @@ class Trainer:
         self._log = MetricsLog(self.folder / METRICS, partial(self._warn, "metrics"))
         self._meter = Meter(self.hooks.flops_per_token, self.hooks.peak_flops, memory_reader(self.device))
         self._is_stopped = False
+        self._norms: dict[str, float] = {}  # of the last gradient before an evaluation, by part
         self._saved: tuple[int, int] | None = None  # (step, evaluated) of the newest checkpoint
         self._evaluation: Evaluation | None = None
         self._rows = self._length = 0  # of the last batch, for the estimate when memory runs out
@@ -331,6 +335,8 @@ class Trainer:
         tokens, total = backward(self._parallel, passes, self._precision, scale)
         if total is None:
             return 0, 0.0, 0.0
+        if self._evaluates(self.progress.step + 1) and not self._parallel.is_sharded:
+            self._norms = gradient_norms(self.model, self.progress.scale.value)
         mean, square = world.sums(total / world.tensor, self._parallel.square())  # the step's one wait for the device
         return tokens, mean, math.sqrt(square) / self.progress.scale.value
 
@@ -349,6 +355,10 @@ class Trainer:
             return not skips
         p.streak += 1
         what = guards.describe_nonfinite(loss, norm, batch.sample_ids)
+        if p.scale.fixed:  # what overflows in float16 is no riddle
+            pieces = batch.split(self.train.accumulation * self.world.data_size)
+            own = [inputs for inputs, _ in self.world.share(pieces, [count_supervised(piece) for piece in pieces])]
+            what += first_nonfinite(self._parallel, own, self._precision)
         if p.scale.fixed and self.train.on_nonfinite == "stop":
             fix = "a lower train.lr, or --resume --override train.on_nonfinite=skip"
             found = f"{what}; the weights are those of step {p.step}, {self._what_stands()}"
@@ -389,10 +399,11 @@ class Trainer:
     # --- between updates -----------------------------------------------------------------------------------------
 
     def _evaluation_due(self) -> bool:
-        p, every = self.progress, self.train.eval_every
-        if self.valid is None or p.evaluated == p.step:
-            return False
-        return p.step == self.steps or (every is not None and p.step > 0 and p.step % every == 0)
+        return self.progress.evaluated != self.progress.step and self._evaluates(self.progress.step)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.train.eval_every
+        return self.valid is not None and (step == self.steps or (every is not None and step > 0 and step % every == 0))
 
     def _save_due(self) -> bool:
         p, every = self.progress, self.train.checkpoint_every
@@ -412,6 +423,7 @@ class Trainer:
             if found is None:
                 return
             text = self._sample()
+            health = self._health()
         loss = number(found.loss)
         is_best = loss is not None and (p.best_loss is None or loss < p.best_loss)
         if is_best:
@@ -421,7 +433,17 @@ class Trainer:
         p.evaluated, self._evaluation = p.step, found
         sources = None if found.sources is None else {name: number(one) for name, one in found.sources.items()}
         self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text, sources))
+        if health is not None:
+            self._emit(health)
         self._meter.restart()
+
+    def _health(self) -> HealthEvent | None:
+        """How the model is inside, from the first rows that are held out; not where processes share its weights out."""
+        first = next(iter(self.valid()), None) if self.valid is not None else None
+        if first is None or not self.world.is_first or self._parallel.is_sharded:
+            return None
+        norms, self._norms = self._norms, {}
+        return HealthEvent(self.progress.step, norms, *measure(self.model, first.inputs, self._precision))
 
     def _sample(self) -> str | None:
         if self.hooks.sample is None or not self.world.is_first or self._parallel.is_sharded:

@@ -32,16 +32,7 @@ STORE = "HEADWAY_STORE"
 """Names the file through which the processes of one machine find each other; without it: torchrun's address."""
 LAUNCHER = "HEADWAY_LAUNCHER"
 """The process number of what started a worker, which stops when that is gone."""
-_BROKEN = (
-    "gloo",
-    "NCCL",
-    "Connection closed",
-    "Connection reset",
-    "connection reset",
-    "Broken pipe",
-    "timed out",
-    "Wait timeout",
-)
+_BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "wait timeout")
 Shared = TypeVar("Shared")
 Share = tuple[Mapping[str, Tensor], float]
 
