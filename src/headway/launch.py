@@ -113,8 +113,9 @@ class Plan:
         world, t = self.world, self.run.train
         if world.size == 1:
             return []
-        rows, less = divmod(t.batch_size or 1, world.data_size)
+        rows, less = divmod(t.batch_size or 0, world.data_size)
         share = f"{rows}" if not less else f"{rows + 1} in {less} of them, {rows} in the others"
+        share = share if t.batch_size else "as many as in the others, or one less"
         how = f"{t.strategy if world.tensor == 1 else 'fsdp'}" + (f", {world.tensor} to a row" * (world.tensor > 1))
         return [f"processes: {world.size} ({how}), rows of a batch in each: {share}; none dropped or padded"]
 
@@ -173,7 +174,7 @@ def train(run: RunConfig | Mapping[str, Any], how: Launch | None = None, on_even
     run = run if isinstance(run, RunConfig) else RunConfig(**run)
     with joined(run.train.tensor_parallel, _device(run.train.device), run.train.collective_timeout) as world:
         say = on_event if on_event is not None and world.is_first else (lambda event: None)
-        world.check_same(_facts(run))
+        world.check_same(partial(_facts, run))
         return _in_world(run, how or Launch(), say, world)
 
 
@@ -247,14 +248,15 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     assert run.data.context is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
     model = _model(config, made).to(device)
-    if world.size > 1:
-        world.check_same({"weights": tensor_hash(model.state_dict())})
+    world.check_same(lambda: {"weights": tensor_hash(model.state_dict())})
     plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason, world)
     say(plan)
     if how.dry_run:
         return RunResult(folder, plan, None)
     if how.prove:
-        assert limits is not None
+        if world.size > 1:
+            found = f"{how.prove} steps on {world.size} processes"
+            raise ConfigError("--prove and --nproc", found, "one process", "leave out --nproc")
         make = partial(_trainer, plan, model, limits=limits, world=world)
         return RunResult(folder, plan, None, prove(folder, make, how.prove))
     is_begun = how.resume != "never" and bool(list_checkpoints(folder))
@@ -267,7 +269,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
         say(event)
 
     trainer = _trainer(plan, model, folder, listen, limits, world)
-    world.check_same(trainer.source.identity)
+    world.check_same(lambda: trainer.source.identity)
     say(Started(run.train.steps))
     return RunResult(folder, plan, trainer.fit(how.resume, how.override))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +19,10 @@ from headway.errors import MachineError
 from headway.families._preset import preset_family
 from headway.run_config import Data, RunConfig
 from headway.text import Tokenizer, train_tokenizer
-from headway.training.objectives import (
-    BatchSource,
-    TrainingBatch,
-)
+from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.recipe import Facts, Trial
 from headway.training.teaching import Teacher
-from headway.training.windows import (
-    special_tokens_for,
-)
+from headway.training.windows import special_tokens_for
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -80,7 +76,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Where:
-    """A run's config, its folder, and whom to tell; what it names is read when it is asked for."""
+    """A run's config, its folder, and whom to tell; what it names is read once, when it is first asked for."""
 
     run: RunConfig
     folder: Path
@@ -94,7 +90,7 @@ class Where:
         """Every source and its weight."""
         return self.run.data.mixture or {str(self.run.data.path): 1.0}
 
-    @property
+    @cached_property
     def mixture(self) -> Mixture:
         """The sources' shares."""
         return Mixture(self.weights, self.run.train.seed)
@@ -111,12 +107,12 @@ class Where:
             return self.folder / "data"
         return place
 
-    @property
+    @cached_property
     def base(self) -> loading.Loaded | None:
         """The model that is trained further; a resumed run has its own weights, but still asks for its shape."""
         return None if self.run.base is None else _load_base(self.run.base, "base")
 
-    @property
+    @cached_property
     def teacher(self) -> Teacher | None:
         """The model that is learned from. Raises ConfigError where it cannot read the run's sequences."""
         how = self.run.distill
@@ -155,28 +151,20 @@ def default_vocab_size(size: int) -> int:
     return min(max(1 << round(math.log2(max(size, 1)) / 2), 512), 32768)
 
 
-def tokenizer_for(
-    where: Where,
-    base: loading.Loaded | None,
-    teacher: Teacher | None,
-    texts: Callable[[], Iterable[str]],
-    size: int,
-    objective: rc.Objective,
-) -> Tokenizer:
+def tokenizer_for(where: Where, texts: Callable[[], Iterable[str]], size: int, objective: rc.Objective) -> Tokenizer:
     """The run's own when resuming, the one that is named, the base's, the teacher's, or a new one from the training
     side. Raises ConfigError where a teacher has another."""
-    found = _given_tokenizer(where, base, teacher)
+    found = _given_tokenizer(where)
     if found is None:
         return _new_tokenizer(where, texts, size, objective)
-    if teacher is not None:
-        teacher.check_words(found[0], found[1])
+    if where.teacher is not None:
+        where.teacher.check_words(found[0], found[1])
     return found[0]
 
 
-def _given_tokenizer(
-    where: Where, base: loading.Loaded | None, teacher: Teacher | None
-) -> tuple[Tokenizer, str] | None:
+def _given_tokenizer(where: Where) -> tuple[Tokenizer, str] | None:
     """The tokenizer that need not be trained, and whose it is."""
+    base, teacher = where.base, where.teacher
     named, own = where.run.tokenizer.path, where.folder / TOKENIZER
     if where.resuming and own.is_file():
         return Tokenizer.load(own), str(own)
@@ -203,11 +191,11 @@ def _new_tokenizer(where: Where, texts: Callable[[], Iterable[str]], size: int, 
     return tokenizer
 
 
-def kind_of(where: Where, base: loading.Loaded | None, teacher: Teacher | None) -> str | None:
+def kind_of(where: Where) -> str | None:
     """The model's kind as far as anybody says it: the base, a preset, the user, a teacher."""
-    said = where.run.model.get("kind")
-    if base is not None:
-        return base.config.kind
+    said, teacher = where.run.model.get("kind"), where.teacher
+    if where.base is not None:
+        return where.base.config.kind
     if where.run.preset is not None:
         return str(preset_family(where.run.preset).fixed["kind"])
     return said if said is not None or teacher is None else teacher.model.config.kind

@@ -64,6 +64,7 @@ from headway.training.recipe import Facts, random_windows
 from headway.training.tasks import Classes, ExampleBatches, Task, choose, classes_of, head_fields
 from headway.training.teaching import Teacher
 from headway.training.windows import (
+    Corrupt,
     CorruptedWindows,
     check_objective,
     corrupted_evaluation,
@@ -123,9 +124,9 @@ def _running_text(where: Where) -> Material:
         files = len(corpus.files)
         where.say(f"{corpus.path}: {files} file{'s' * (files != 1)}, {corpus.split}")
     sizes = [sum(file.stat().st_size for file in (*corpus.files, *corpus.valid_files)) for corpus in corpora]
-    objective = run.objective or _text_objective(kind_of(where, base, teacher))
+    objective = run.objective or _text_objective(kind_of(where))
     texts = partial(mixture.texts, [corpus.texts for corpus in corpora], sizes)
-    tokenizer = tokenizer_for(where, base, teacher, texts, sum(sizes), objective)
+    tokenizer = tokenizer_for(where, texts, sum(sizes), objective)
     data = [_tokens(where, corpus, tokenizer, d.context or 1) for corpus in corpora]
     corrupt = corruption(objective, tokenizer)
     isolate = d.isolate and not isinstance(objective, rc.SpanCorruption | rc.Denoising)
@@ -161,7 +162,7 @@ def _running_text(where: Where) -> Material:
         (tokens, held),
         "tokens",
         source,
-        _held_out_text(mixture, data, objective, tokenizer, isolate),
+        _held_out_text(mixture, data, objective, isolate, corrupt or _byte_lengths(tokenizer)),
         trial,
         sum(one.train.bytes for one in data),
         base,
@@ -173,19 +174,21 @@ def _running_text(where: Where) -> Material:
 
 
 def _held_out_text(
-    mixture: Mixture, data: Sequence[Prepared], objective: rc.Objective, tokenizer: Tokenizer, isolate: bool
+    mixture: Mixture, data: Sequence[Prepared], objective: rc.Objective, isolate: bool, how: Corrupt | Tensor
 ) -> Evaluation:
-    """The held-out windows of each source, as many of each as its share says."""
-    corrupt, lengths = corruption(objective, tokenizer), _byte_lengths(tokenizer)
+    """The held-out windows of each source, as many of each as its share says.
+
+    `how`: what is done to a window, or, where it is the example itself, the bytes that each id stands for.
+    """
 
     def evaluation(model: ModelConfig, run: RunConfig) -> Iterable[TrainingBatch]:
         window, rows = window_of(objective, _context(run)), run.train.batch_size or 1
         found: dict[str, Iterable[TrainingBatch]] = {}
         for name, one, limit in zip(mixture.names, data, mixture.split(run.train.eval_windows), strict=True):
-            if corrupt is None:
-                found[name] = causal_evaluation(one.valid, window, rows, limit, isolate=isolate, token_bytes=lengths)
+            if isinstance(how, Tensor):
+                found[name] = causal_evaluation(one.valid, window, rows, limit, isolate=isolate, token_bytes=how)
             else:
-                found[name] = corrupted_evaluation(one.valid, window, rows, limit, isolate, corrupt)
+                found[name] = corrupted_evaluation(one.valid, window, rows, limit, isolate, how)
         return by_source(found)
 
     return evaluation
@@ -290,7 +293,7 @@ def _both_sides(where: Where, path: str) -> _Source:
 
 def _rows(where: Where, form: type) -> Material:
     run, d, base, teacher, mixture = where.run, where.run.data, where.base, where.teacher, where.mixture
-    kind = kind_of(where, base, teacher)
+    kind = kind_of(where)
     named = run.objective.type if run.objective else None
     name, task = choose(form, named, kind, d.path or ", ".join(d.mixture))
     objective = run.objective or RunConfig(objective=name).objective  # type: ignore[arg-type]  # a name is a tag
@@ -302,7 +305,7 @@ def _rows(where: Where, form: type) -> Material:
         teacher.check_classes(classes.names)
     sizes = [sum(map(len, one.texts())) for one in sources]
     texts = partial(mixture.texts, [one.texts for one in sources], sizes)
-    tokenizer = tokenizer_for(where, base, teacher, texts, sum(sizes), objective)
+    tokenizer = tokenizer_for(where, texts, sum(sizes), objective)
     readers = [one for one in (base and base.config, teacher and teacher.model.config) if one]
     longest = d.context or min([CONTEXT, *(config.max_len for config in readers)])
     typed = any(config.embeddings.token_types > 1 for config in readers) or has_types(run.preset)

@@ -42,6 +42,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "side by side": {"residual": "parallel", "positions": "rope", "norm": "layernorm"},
     "tied": {"embeddings": {"tied": True}},
     "one key head": {"n_kv_heads": 1},
+    "relative, three heads": {"kind": "encoder", "d_model": 24, "n_heads": 3, "positions": "relative"},
 }
 SQUARE = ("grouped and gated", "relative, encoder-decoder", "tied")
 

@@ -5,10 +5,16 @@ FOLDER/class/file, or FOLDER/train/class/file and FOLDER/{valid,val,test}/class/
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from headway.data.corpus import place_of_bytes
 from headway.errors import InputError
 
 _HELD_OUT = ("valid", "val", "test")
@@ -64,3 +70,16 @@ def labelled_files(place: Path, suffixes: Collection[str], names: tuple[str, ...
     if not found or len(names) < 2:
         raise InputError(str(place), f"{len(found)} {what} of {len(names)} classes", f"a folder of {what} per class")
     return [(names.index(name), file) for name, file in found]
+
+
+def is_held_out(signals: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
+    """(N,) bool: a `fraction` of the signals by their bytes, so that equal ones stand on one side."""
+    return np.array([place_of_bytes(one.tobytes()) < fraction for one in signals])
+
+
+def content_hash(signals: NDArray[Any], labels: NDArray[np.int64], names: tuple[str, ...]) -> str:
+    """sha256 of signals, their labels and the classes; where files lie and what they are called does not count."""
+    digest = hashlib.sha256(repr((signals.shape, names)).encode())
+    for part in (signals, labels):
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()

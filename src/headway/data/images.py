@@ -10,7 +10,6 @@ Left out: a camera's note on how to turn an image (EXIF), transparency, and fram
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 import warnings
@@ -23,8 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headway.data.class_folders import class_names, has_classes, held_out_side, labelled_files
-from headway.data.corpus import place_of_bytes
+from headway.data.class_folders import (
+    class_names,
+    content_hash,
+    has_classes,
+    held_out_side,
+    is_held_out,
+    labelled_files,
+)
 from headway.data.sources import ReadOptions, ReadReport, blocks
 from headway.errors import InputError, MachineError
 from headway.files import open_regular
@@ -83,7 +88,7 @@ def find_images(
     size = side or train.pixels.shape[-1]
     valid = held_out_images(valid_path or place, size, valid_path is not None, train.names)
     if valid is None:
-        is_held = np.array([place_of_bytes(image.tobytes()) < fraction for image in train.pixels])
+        is_held = is_held_out(train.pixels, fraction)
         train, valid = (_set(train.pixels[chosen], train.labels[chosen], train.names) for chosen in (~is_held, is_held))
     if valid.pixels.shape[1] != train.pixels.shape[1]:
         found = f"held-out images with {valid.pixels.shape[1]} channels"
@@ -123,10 +128,7 @@ def _read(place: Path, part: str, side: int | None, names: tuple[str, ...] | Non
 
 
 def _set(pixels: NDArray[np.uint8], labels: NDArray[np.int64], names: tuple[str, ...]) -> ImageSet:
-    digest = hashlib.sha256(repr((pixels.shape, names)).encode())
-    for part in (np.ascontiguousarray(pixels), np.ascontiguousarray(labels)):
-        digest.update(part.data)
-    return ImageSet(pixels, labels, names, digest.hexdigest())
+    return ImageSet(pixels, labels, names, content_hash(pixels, labels, names))
 
 
 # --- IDX -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ silence, what is longer is refused, never cut. Left out: several labels a record
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headway.data.audio import HOP, RATE, log_mel, read_wav, seconds_of
-from headway.data.class_folders import class_names, has_classes, held_out_side, labelled_files, training_side
-from headway.data.corpus import place_of_bytes
+from headway.data.class_folders import (
+    class_names,
+    content_hash,
+    has_classes,
+    held_out_side,
+    is_held_out,
+    labelled_files,
+    training_side,
+)
 from headway.errors import InputError
 
 LONGEST = 30.0
@@ -84,7 +90,7 @@ def find_recordings(
     if valid_files:
         valid = _heard(valid_files, bins, frames, names, lambda done: progress(len(train_files) + done, total))
     else:
-        held = np.array([place_of_bytes(one.tobytes()) < fraction for one in train.features])
+        held = is_held_out(train.features, fraction)
         train, valid = (_set(train.features[chosen], train.labels[chosen], names) for chosen in (~held, held))
     if not len(train.labels) or not len(valid.labels):
         sizes = f"{len(train.labels)} recordings to train on, {len(valid.labels)} held out"
@@ -141,10 +147,7 @@ def spectrogram(file: Path, bins: int, frames: int) -> Tensor:
 
 
 def _set(features: NDArray[np.float32], labels: NDArray[np.int64], names: tuple[str, ...]) -> RecordingSet:
-    digest = hashlib.sha256(repr((features.shape, names)).encode())
-    for part in (np.ascontiguousarray(features), np.ascontiguousarray(labels)):
-        digest.update(part.data)
-    return RecordingSet(features, labels, names, digest.hexdigest())
+    return RecordingSet(features, labels, names, content_hash(features, labels, names))
 
 
 def shifted(features_BMT: Tensor, reach: int, rng: np.random.Generator) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from headway.training.evaluate import resting, to_device
+from headway.training.evaluate import resting, to_device, watched
 from headway.training.gradients import Precision
 from headway.training.parallel import Parallel
 from headway.training.parts import local
@@ -26,25 +26,17 @@ def first_nonfinite(parallel: Parallel, passes: Sequence[Mapping[str, Tensor]], 
     model, found = parallel.model, list[str]()
     device = next(model.parameters()).device
 
-    def watch(name: str) -> object:
-        def look(module: nn.Module, inputs: object, output: object) -> None:
-            is_float = isinstance(output, Tensor) and output.is_floating_point()
-            if not found and is_float and not bool(torch.isfinite(output.sum(dtype=torch.float64))):  # type: ignore[attr-defined]
-                found.append(name)
+    def look(name: str, output: Tensor) -> None:
+        if not found and output.is_floating_point() and not bool(torch.isfinite(output.sum(dtype=torch.float64))):
+            found.append(name)
 
-        return look
-
-    # A parent's hook runs after its children's: the innermost module is named.
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        with resting(model, device):
-            for inputs in passes:
-                with precision():
-                    parallel.loss(to_device(inputs, device))
-            parallel.settle()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # A parent is seen after its children: the innermost module is named.
+    modules = {name: module for name, module in model.named_modules() if name}
+    with watched(modules, look), resting(model, device):
+        for inputs in passes:
+            with precision():
+                parallel.loss(to_device(inputs, device))
+        parallel.settle()
     if found:
         return f", first in {found[0]}"
     held = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]

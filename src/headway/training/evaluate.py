@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headway.training.objectives import TrainingBatch, count_supervised
+from headway.training.objectives import TrainingBatch
 from headway.training.parallel import Parallel
 
 
@@ -48,6 +48,21 @@ def resting(model: nn.Module, device: torch.device) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """`see` the name and the output of each of these modules whenever one has run inside; children before parents."""
+
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, args, output: see(name, output) if isinstance(output, Tensor) else None
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The tensors on `device`; those that are there already are not copied."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
@@ -75,12 +90,11 @@ def evaluate(
             if interrupted():
                 parallel.settle()
                 return None
-            count = batch.tokens
+            count, own = world.share(batch.split(world.data_size))
             if not count:
                 continue
             part = parts.setdefault(batch.source or "", [0.0, 0])
-            pieces = batch.split(world.data_size)
-            for inputs, weight in world.share(pieces, [count_supervised(piece) for piece in pieces]):
+            for inputs, weight in own:
                 with precision():
                     part[0] += float(parallel.loss(to_device(inputs, device))) * weight * count
             part[1] += count

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from headway.nn.heads import EmbeddingHead
 from headway.training.evaluate import to_device
-from headway.training.objectives import count_supervised
 from headway.training.parallel import Parallel
 from headway.training.resume import random_state, restore_random
 from headway.training.world import Share
@@ -38,11 +37,9 @@ def backward(
     """
     model, world = parallel.model, parallel.world
     device = next(model.parameters()).device
-    counts = [count_supervised(inputs) for inputs in passes]
-    tokens = sum(counts)
+    tokens, own = world.share(passes)
     if not tokens:
         return 0, None
-    own = list(world.share(passes, counts))
     total: Tensor | None = None
     if isinstance(model.head, EmbeddingHead) and len(passes) > 1:
         labels = torch.cat([inputs["labels"] for inputs in passes]).to(device)

@@ -9,7 +9,7 @@ attention entropy  in nats, mean over heads and queries: 0 looks at one place, l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headway.nn import Transformer
 from headway.nn.attention import observed
 from headway.nn.block import Block
-from headway.training.evaluate import resting, to_device
+from headway.training.evaluate import resting, to_device, watched
 from headway.training.gradients import Precision
 
 ROWS = 2
@@ -55,23 +55,15 @@ def measure(model: Transformer, inputs: Mapping[str, Tensor], precision: Precisi
     entropies: list[float] = []
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
 
-    def sized(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def look(module: nn.Module, args: object, output: Tensor) -> None:
-            activations[name] = float(output.float().square().mean().sqrt())
-
-        return look
+    def sized(name: str, output: Tensor) -> None:
+        activations[name] = float(output.float().square().mean().sqrt())
 
     def spread(weights_BNTS: Tensor) -> None:
         p = weights_BNTS.float()
         sees = p.sum(-1) > 0  # a row that sees nothing has no spread
         entropies.append(float((-torch.xlogy(p, p).sum(-1))[sees].mean()))
 
-    hooks = [module.register_forward_hook(sized(name)) for name, module in blocks.items()]
-    try:
-        with resting(model, device), observed(spread), precision():
-            model.loss(**to_device({name: tensor[:ROWS] for name, tensor in inputs.items()}, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(blocks, sized), resting(model, device), observed(spread), precision():
+        model.loss(**to_device({name: tensor[:ROWS] for name, tensor in inputs.items()}, device))
     names = [n for n, m in blocks.items() for n in [n] + [f"{n}.cross"] * (m.cross_attention is not None)]
     return Health(activations, dict(zip(names, entropies, strict=False)))

@@ -56,7 +56,7 @@ from headway.training.events import (
 from headway.training.gradients import backward
 from headway.training.health import gradient_norms, measure
 from headway.training.metrics import METRICS, MetricsLog
-from headway.training.objectives import BatchSource, TrainingBatch, count_supervised
+from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.optimizers import make_optimizer
 from headway.training.parallel import Parallel
 from headway.training.parts import local
@@ -356,9 +356,8 @@ class Trainer:
         p.streak += 1
         what = guards.describe_nonfinite(loss, norm, batch.sample_ids)
         if p.scale.fixed:  # what overflows in float16 is no riddle
-            pieces = batch.split(self.train.accumulation * self.world.data_size)
-            own = [inputs for inputs, _ in self.world.share(pieces, [count_supervised(piece) for piece in pieces])]
-            what += first_nonfinite(self._parallel, own, self._precision)
+            _, own = self.world.share(batch.split(self.train.accumulation * self.world.data_size))
+            what += first_nonfinite(self._parallel, [inputs for inputs, _ in own], self._precision)
         if p.scale.fixed and self.train.on_nonfinite == "stop":
             fix = "a lower train.lr, or --resume --override train.on_nonfinite=skip"
             found = f"{what}; the weights are those of step {p.step}, {self._what_stands()}"

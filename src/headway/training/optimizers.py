@@ -157,6 +157,9 @@ class AdamW:
     ) -> None:
         self.lr, self.parameters = lr, list(parameters)
         self._held = {p: local(p) for p in self.parameters}
+        self._apart = [
+            (p, held) for p, held in self._held.items() if held is not p
+        ]  # shares, with gradients to hand on
         decayed, kept = _decayed(parameters), [p for p in parameters if p.ndim < 2]
         groups = [(decayed, weight_decay), (kept, 0.0)]
         used = [{"params": [self._held[p] for p in some], "weight_decay": share} for some, share in groups if some]
@@ -166,7 +169,7 @@ class AdamW:
         """One update at `scale` times the peak rate; a parameter without a gradient stays."""
         for group in self.inner.param_groups:
             group["lr"] = self.lr * scale
-        for parameter, held in self._held.items():
+        for parameter, held in self._apart:
             held.grad = None if parameter.grad is None else local(parameter.grad)
         self.inner.step()
 

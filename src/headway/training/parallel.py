@@ -23,7 +23,8 @@ from headway.nn import Transformer
 from headway.nn.attention import Attention
 from headway.nn.block import Block
 from headway.nn.feed_forward import FeedForward
-from headway.training.parts import exported, fused_rows, local, shares
+from headway.nn.stack import Stack
+from headway.training.parts import exported, fused_rows, is_shared_out, local, shares
 from headway.training.world import ALONE, World
 
 Strategy = Literal["ddp", "fsdp"]
@@ -65,24 +66,26 @@ class Parallel:
             named = dict(model.named_parameters())
             for name, order in orders.items():
                 named[name].row_order = order  # type: ignore[attr-defined]  # a note on the tensor, see row_order
-            self.shared = [p for name, p in named.items() if _is_shared(name, model)]
+            self.shared = list(_shared(model))
         elif world.size > 1:
             # Parts of a published model may stand idle (a pooler): their gradients stay None, as in one process.
             self._ddp = nn.parallel.DistributedDataParallel(_Method(model), find_unused_parameters=True)
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """`model.loss(**inputs)`."""
-        exchanges = self._ddp is not None and torch.is_grad_enabled()
-        found: Tensor = self._ddp("loss", inputs) if exchanges and self._ddp else self.model.loss(**inputs)
+        found: Tensor = self._call("loss", inputs)
         return found
 
     def vectors(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """`model(**inputs).logits`."""
-        out = (
-            self._ddp("forward", inputs) if self._ddp is not None and torch.is_grad_enabled() else self.model(**inputs)
-        )
-        found: Tensor = out.logits
+        found: Tensor = self._call("forward", inputs).logits
         return found
+
+    def _call(self, method: str, inputs: Mapping[str, Tensor]) -> Any:
+        """A method of the model, through DDP where gradients will be exchanged."""
+        if self._ddp is not None and torch.is_grad_enabled():
+            return self._ddp(method, inputs)
+        return self.model(**inputs) if method == "forward" else getattr(self.model, method)(**inputs)
 
     @contextlib.contextmanager
     def last(self, is_last: bool) -> Iterator[None]:
@@ -141,12 +144,14 @@ def _shard(model: Transformer, world: World) -> None:
 # --- tensor parallelism ------------------------------------------------------------------------------------------
 
 
-def _is_shared(name: str, model: Transformer) -> bool:
-    """Whether each tensor rank uses a parameter on its own heads alone: norms of queries and keys, score biases."""
-    path = name.split(".")
-    if "q_norm" in path or "k_norm" in path:
-        return any(getattr(m, "is_split", False) for n, m in model.named_modules() if name.startswith(f"{n}.") and n)
-    return "bias" in path[1:2] and "blocks" not in path
+def _shared(model: Transformer) -> Iterator[nn.Parameter]:
+    """What each tensor rank uses on its own heads alone: norms of queries and keys, score biases of split attention."""
+    for module in model.modules():
+        if isinstance(module, Attention) and module.is_split:
+            yield from (*module.q_norm.parameters(), *module.k_norm.parameters())
+        if isinstance(module, Stack) and module.bias is not None:
+            splits = any(isinstance(inner, Attention) and inner.is_split for inner in module.modules())
+            yield from module.bias.parameters() if splits else ()
 
 
 def _split(model: Transformer, world: World) -> dict[str, Tensor]:
@@ -173,7 +178,7 @@ def _split(model: Transformer, world: World) -> dict[str, Tensor]:
         if isinstance(module, Attention):
             module.N, module.K, module.is_split = module.N // ranks, module.K // ranks, True
             module.first = world.rank % ranks * module.N
-    if not any(hasattr(p, "to_local") for p in model.parameters()):
+    if not any(map(is_shared_out, model.parameters())):
         c = model.config
         found = f"{ranks} ranks for {c.n_heads} heads, {c.n_kv_heads} key-value heads and d_ff {c.d_ff}"
         raise ConfigError("train.tensor_parallel", found, "a divisor of heads or of d_ff", "train.strategy=fsdp")

@@ -52,6 +52,9 @@ def prove(run: Path, make: Callable[[Path, Callable[[Event], None]], Trainer], s
             str(run), found, "two, one to begin at and one to arrive at", "a smaller train.checkpoint_every"
         )
     (newest, aim), (start, begun) = good[:2]
+    for path, manifest in good[:2]:
+        if WEIGHTS not in manifest.files:
+            raise InputError(str(path), "the shares of several processes", "what one process wrote, to do it again")
     last = min(begun.step + steps, aim.step)
     seen: dict[int, StepEvent] = {}
 

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import FileStore
 from headway.data.batches import hash_of
 from headway.errors import ConfigError, WorkerError
 from headway.strict import dump_json, strict_json
+from headway.training.objectives import count_supervised
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -71,24 +72,23 @@ class World:
 
     # --- what is shared out --------------------------------------------------------------------------------------
 
-    def share(self, pieces: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> Iterator[Share]:
-        """This process's passes over a batch, each with its weight: its share of the supervised labels.
+    def share(self, pieces: Sequence[Mapping[str, Tensor]]) -> tuple[int, list[Share]]:
+        """(supervised labels of a batch, this process's passes over it, each with its share of those labels).
 
-        Args:
-            pieces: the whole batch, cut into as many parts as all processes make passes; they are dealt out in turn.
-            counts: supervised labels of each.
-
+        `pieces` are the whole batch, cut into as many parts as all processes make passes; they are dealt out in turn.
         Every process makes the same number of passes, since they meet in each. One that has nothing to learn from is
-        made on another piece's rows with weight zero; a single process leaves it out.
+        made on another piece's rows with weight zero; a single process leaves it out. No labels at all: no passes.
         """
-        total = sum(counts)
+        counts = [count_supervised(piece) for piece in pieces]
+        total, passes = sum(counts), list[Share]()
         filler = pieces[max(range(len(pieces)), key=lambda number: counts[number])]
         for number in range(self.data_rank, -(-len(pieces) // self.data_size) * self.data_size, self.data_size):
             count = counts[number] if number < len(pieces) else 0
             if count:
-                yield pieces[number], count / total
-            elif self.size > 1:
-                yield filler, 0.0
+                passes.append((pieces[number], count / total))
+            elif total and self.size > 1:
+                passes.append((filler, 0.0))
+        return total, passes
 
     def gathered(self, rows: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """The rows of every piece in order, each process giving those of its own pieces (and of fillers, left out).
@@ -160,9 +160,12 @@ class World:
         rows = _of_all(torch.nn.functional.pad(data, (0, max(sizes) - len(data))), self.size)
         return [bytes(row[: size - 1].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
-    def check_same(self, facts: Mapping[str, object]) -> None:
+    def check_same(self, facts: Callable[[], Mapping[str, object]]) -> None:
         """Refuse to begin where processes differ (D3). Raises ConfigError that names the rank and what differs."""
-        all_ = [strict_json(text.encode(), f"rank {rank}") for rank, text in enumerate(self.texts(dump_json(facts)))]
+        if self.size == 1:
+            return
+        texts = self.texts(dump_json(facts()))
+        all_ = [strict_json(text.encode(), f"rank {rank}") for rank, text in enumerate(texts)]
         first = all_[0]
         assert isinstance(first, dict)
         for rank, other in enumerate(all_):
