@@ -24,6 +24,13 @@ from headway.data.images import find_images, held_out_images, is_images, mirrore
 from headway.errors import InputError, MachineError
 
 RNG = np.random.default_rng(0)
+BEGIN = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws, and so which images its hash holds out, does not depend on the tests before it."""
+    RNG.bit_generator.state = BEGIN
 
 
 def idx(array: np.ndarray) -> bytes:
