@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pytest import CaptureFixture
 
 from headway.checkpoints.folder import list_checkpoints, verify
 from headway.cli.main import main
@@ -232,7 +233,7 @@ def test_one_process_two_and_one_again_are_one_run(place: Path) -> None:
 
 
 @pytest.mark.fault("D5")
-def test_a_rank_that_dies_while_it_saves_leaves_nothing_half(place: Path) -> None:
+def test_a_rank_that_dies_while_it_saves_leaves_nothing_half(place: Path, capsys: CaptureFixture[str]) -> None:
     code = (
         "import headway.checkpoints.shards as shards\n"
         "write, calls = shards.write_shares, []\n"
@@ -251,6 +252,8 @@ def test_a_rank_that_dies_while_it_saves_leaves_nothing_half(place: Path) -> Non
     found, said = ended(command(place, "--resume", "run", "--nproc", "2", plain=True))
     assert found == 0 and "resumed at step 2" in said, said
     assert not list((place / "run" / "checkpoints").glob(".tmp-*"))
+    assert main(["train", "--resume", str(place / "run"), "--prove", "2"]) == 3
+    assert "the shares of several processes" in capsys.readouterr().err
 
 
 @pytest.mark.fault("R13")

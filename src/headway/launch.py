@@ -254,9 +254,6 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     if how.dry_run:
         return RunResult(folder, plan, None)
     if how.prove:
-        if world.size > 1:
-            found = f"{how.prove} steps on {world.size} processes"
-            raise ConfigError("--prove and --nproc", found, "one process", "leave out --nproc")
         make = partial(_trainer, plan, model, limits=limits, world=world)
         return RunResult(folder, plan, None, prove(folder, make, how.prove))
     is_begun = how.resume != "never" and bool(list_checkpoints(folder))
