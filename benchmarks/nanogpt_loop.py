@@ -69,12 +69,27 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-class Loop:
+@dataclass
+class Windows:
+    """`batch()` draws random windows of one long text: (batch, context) ids and what follows each."""
+
+    shape: Shape
+    data: Tensor
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        T = self.shape.context
+        starts = torch.randint(len(self.data) - T - 1, (self.shape.batch,)).tolist()
+        rows = torch.stack([self.data[i : i + T + 1] for i in starts]).long()
+        return rows[:, :-1], rows[:, 1:]
+
+
+class Loop(Windows):
     """`step()` does one update and returns the loss tensor."""
 
     def __init__(self, shape: Shape, data: Tensor, steps: int, seed: int = 0) -> None:
+        super().__init__(shape, data)
         torch.manual_seed(seed)
-        self.shape, self.data, self.steps, self.done = shape, data, steps, 0
+        self.steps, self.done = steps, 0
         self.model = Model(shape)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
@@ -86,12 +101,6 @@ class Loop:
             return 1e-3 * (self.done + 1) / 101
         share = min((self.done - 100) / max(self.steps - 100, 1), 1.0)
         return 1e-4 + 0.5 * (1 + math.cos(math.pi * share)) * 9e-4
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        T = self.shape.context
-        starts = torch.randint(len(self.data) - T - 1, (self.shape.batch,)).tolist()
-        rows = torch.stack([self.data[i : i + T + 1] for i in starts]).long()
-        return rows[:, :-1], rows[:, 1:]
 
     def step(self) -> Tensor:
         for group in self.optimizer.param_groups:

