@@ -6,14 +6,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # What an installation depends on; an editable one follows the Python sources by itself.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/headway/kernels/*.cpp)
 
-.PHONY: demo setup test check format bench clean
+.PHONY: demo setup test pytest check format bench clean
 
 demo: $(VENV)/.demo  ## train a small GPT on this machine's own documentation and write with it
 	$(BIN)/headway demo
 
 setup: $(VENV)/.test  ## the environment alone, with what the tests need
 
-test: check  ## format, lint, types, budgets, tests
+test: $(VENV)/.test  ## format, lint, types, budgets, tests: side by side, since the checks keep one core busy
+	$(MAKE) --no-print-directory -j2 check pytest
+
+pytest: $(VENV)/.test  ## the tests alone
 	HEADWAY_TEST=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
 check: $(VENV)/.test  ## everything but the tests

@@ -12,6 +12,14 @@ from headway.strict import dump_json
 
 torch.set_num_threads(1)
 
+# Long ones without an xdist_group; groups of several tests are given out first anyway.
+LONGEST = ("test_killed_anywhere_a_run_resumes_to_the_same_bytes", "test_fifty_random_times")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end of the alphabet they would leave the other core idle."""
+    items.sort(key=lambda item: item.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

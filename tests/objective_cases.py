@@ -1,4 +1,4 @@
-"""Small rows for every objective, and runs that train on them."""
+"""Small data for every objective, rows, images and recordings, and runs that train on them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import image_toys
+import recording_toys
 
 WORDS = [
     "the",
@@ -99,6 +102,13 @@ CASES: dict[str, tuple[Callable[[random.Random], dict[str, object]], dict[str, A
     ),
     "spans": (text, {"objective": "span-corruption", "data": {"context": 16}}, None),
     "denoising": (text, {"objective": "denoising", "data": {"context": 16}}, None),
+}
+
+# The same for data that is not rows: (what makes the folder, fields of the run).
+SIGNALS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "images": (image_toys.folder, {"data": {"patch": 2}}),
+    "masked patches": (image_toys.folder, {"objective": "masked-patches", "data": {"patch": 2}}),
+    "sound": (lambda place: recording_toys.folder(place, 12), {}),
 }
 
 

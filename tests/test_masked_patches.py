@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from headway.training.gradients import backward
 from headway.training.parallel import Parallel
 from headway.training.pictures import ImageBatches, hide
 
+import image_toys  # isort: skip
 from objective_cases import SMALL, config  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -46,20 +46,7 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return drawn(tmp_path / "images")
-
-
-def drawn(place: Path, size: int = 8) -> Path:
-    """Three shades of grey with noise, as IDX files."""
-    rng = np.random.default_rng(0)
-    place.mkdir()
-    for side, count in (("train", 80), ("t10k", 20)):
-        labels = rng.integers(0, 3, count).astype(np.uint8)
-        pixels = (rng.integers(0, 60, (count, size, size)) + 60 * labels[:, None, None]).astype(np.uint8)
-        for what, array in (("images-idx3-ubyte", pixels), ("labels-idx1-ubyte", labels)):
-            head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-            (place / f"{side}-{what}").write_bytes(head + array.tobytes())
-    return place
+    return image_toys.folder(tmp_path / "images")
 
 
 def masked(images: Path, output: Path, **fields: Any) -> dict[str, Any]:
@@ -197,7 +184,7 @@ def test_its_encoder_is_where_classification_begins(images: Path, tmp_path: Path
     kept = loading.load(tmp_path / "again").model.state_dict()
     assert again.plan.model == done.plan.model
     assert all((kept[name] - ours[name]).abs().max() < 1e-6 for name in ours)
-    large = {"path": str(drawn(tmp_path / "large", 12)), "image": 12}
+    large = {"path": str(image_toys.folder(tmp_path / "large", 12)), "image": 12}
     for data, found in ((large, "1 x 12 x 12 for"), ({"patch": 2}, "which sees 1 x 8 x 8 in patches of 4")):
         with pytest.raises(ConfigError, match=found):
             train({**run, "data": {**run["data"], **data}, "output": str(tmp_path / "x")})

@@ -1,7 +1,8 @@
 """Kill a training run at every file operation and at random times; resume; compare bytes (row S2, promise P3).
 
     python tools/kill_campaign.py [--random 200] [--stride 1] [--folder DIR]
-    python tools/kill_campaign.py --objectives [--random 20]     a run of every objective, with two passes, dropout, EMA
+    python tools/kill_campaign.py --objectives [NAME ...] [--random 20]     a run of every objective, or of those named,
+                                                                            with two passes, dropout, EMA
 
 One process imports torch and forks a child per kill. At the k-th file primitive (or after a random time) the child
 dies by SIGKILL; then the run is resumed, sometimes to be killed again, and its last checkpoint, all files of it, must
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from fault_injection import at_call, hooked  # noqa: E402
-from objective_cases import CASES, rows_file  # noqa: E402
+from objective_cases import CASES, SIGNALS, rows_file  # noqa: E402
 from objective_cases import config as objective_config  # noqa: E402
 from tiny_runs import Run, checkpoint_bytes, model_config, train_config  # noqa: E402
 
@@ -44,6 +45,7 @@ from headway.strict import dump_json, strict_json  # noqa: E402
 from headway.training import plot  # noqa: E402
 from headway.training.events import ResumeEvent  # noqa: E402
 
+OBJECTIVES = (*CASES, *SIGNALS)
 STEPS = 6
 DEADLINE = 60
 Fit = Callable[[Path], list[int]]
@@ -57,6 +59,7 @@ class Figures:
     kills: int = 0
     finished: int = 0  # random times that fell after the end
     resumes: int = 0
+    from_checkpoint: int = 0  # of them, those that found one; the others began again
     equal: int = 0
     killed_again: int = 0
     seconds: float = 0.0
@@ -111,9 +114,17 @@ class Campaign:
         fit(folder / "warm")
         with hooked(newest):
             fit(folder / "whole")
+        saved: list[float] = []
+
+        def note(name: str, path: Path) -> None:
+            if not saved and list_checkpoints(folder / "timed"):
+                saved.append(time.monotonic())
+
         began = time.monotonic()
-        fit(folder / "timed")
+        with hooked(note):
+            fit(folder / "timed")
         self.duration = time.monotonic() - began
+        self.first_saved = saved[0] - began
         self.floors = floors
         self.figures.primitives = len(floors)
         self.expected = self.final(folder / "whole")
@@ -138,9 +149,13 @@ class Campaign:
         self._check(folder, f"primitive {k}", self.floors[k - 1])
 
     def at_random(self, number: int) -> None:
-        """Kill at a random moment, resume, compare."""
+        """Kill at a random moment, resume, compare.
+
+        Every other moment is one after the first checkpoint stood: where reading the data takes most of a run, few of
+        all moments are, and a run that begins again proves less.
+        """
         folder = self.folder / f"random-{number}"
-        self._kill(folder, after=self.rng.uniform(0, self.duration))
+        self._kill(folder, after=self.rng.uniform(self.first_saved if number % 2 else 0, self.duration))
         self._check(folder, f"random {number}", 0)
 
     def _kill(self, folder: Path, k: int = 0, after: float | None = None) -> None:
@@ -172,6 +187,7 @@ class Campaign:
             figures.wrong.append(f"{what}: cannot be resumed: {error}")
             return
         figures.resumes += 1
+        figures.from_checkpoint += bool(begun)
         if (begun or [0])[0] < floor:
             figures.wrong.append(f"{what}: resumed at step {(begun or [0])[0]} though step {floor} had been saved")
         left = sorted(path.name for path in folder.rglob(f"{files.TEMPORARY_PREFIX}*"))
@@ -230,21 +246,32 @@ def run_campaign(folder: Path, stride: int, randoms: int, seed: int = 0, fit: Fi
     return campaign.figures
 
 
-def run_objectives(folder: Path, randoms: int, seed: int, names: Iterable[str] = CASES) -> Figures:
+def objective_run(name: str, place: Path, **fields: Any) -> dict[str, Any]:
+    """A run of an objective on its small data below `place`: two passes, dropout, averaged weights."""
+    if name in SIGNALS:
+        make_folder, own = SIGNALS[name]
+        data = make_folder(place / "data")
+    else:
+        make_row, own, _ = CASES[name]
+        data = rows_file(place, make_row)
+    numbers = {"accumulation": 2, "ema": 0.9, "dtype": "float32", "sample_tokens": 0}
+    run = objective_config(data, own, **{**numbers, **fields})
+    return {**run, "model": {**run["model"], "dropout": 0.1}}
+
+
+def run_objectives(folder: Path, randoms: int, seed: int, names: Iterable[str] = OBJECTIVES) -> Figures:
     """`randoms` kills of a run of each objective, the figures of all together."""
     os.environ["HEADWAY_CACHE"] = str(folder / "cache")
     total = Figures()
     for number, name in enumerate(names):
-        make, fields, _ = CASES[name]
         place = folder / f"case-{number}"
         place.mkdir()
-        numbers = {"accumulation": 2, "ema": 0.9, "dtype": "float32", "sample_tokens": 0}
-        config = objective_config(rows_file(place, make), fields, **numbers)
-        config["model"] = {**config["model"], "dropout": 0.1}
-        found = run_campaign(place / "runs", 0, randoms, seed + number, partial(fit_objective, config))
+        fit_this = partial(fit_objective, objective_run(name, place))
+        found = run_campaign(place / "runs", 0, randoms, seed + number, fit_this)
         for key, value in asdict(found).items():
             setattr(total, key, getattr(total, key) + ([f"{name}: {w}" for w in value] if key == "wrong" else value))
-        print(f"{name:26} {found.kills} kills, {found.resumes} resumes, {found.equal} byte-equal", flush=True)
+        counts = f"{found.kills} kills, {found.killed_again} more while resuming, {found.resumes} resumes"
+        print(f"{name:26} {counts} ({found.from_checkpoint} from a checkpoint), {found.equal} byte-equal", flush=True)
     return total
 
 
@@ -252,15 +279,16 @@ def main() -> int:
     """Run the campaign and print its figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--random", type=int, default=None, help="200; 20 of each objective")
-    parser.add_argument("--objectives", action="store_true")
+    parser.add_argument("--objectives", nargs="*", choices=OBJECTIVES, default=None)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked child would wait for ever for the threads of its parent
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        if options.objectives:
-            figures = run_objectives(Path(folder), options.random or 20, options.seed)
+        if options.objectives is not None:
+            names = options.objectives or OBJECTIVES
+            figures = run_objectives(Path(folder), options.random or 20, options.seed, names)
         else:
             figures = run_campaign(Path(folder), options.stride, options.random or 200, options.seed)
     for line in figures.wrong:
@@ -268,7 +296,7 @@ def main() -> int:
     print(
         f"{figures.primitives} file primitives in a run; {figures.kills} kills, {figures.killed_again} more while"
         f" resuming, {figures.finished} random times after the end; {figures.resumes} resumes,"
-        f" {figures.equal} byte-equal; {figures.seconds} s"
+        f" {figures.from_checkpoint} of them from a checkpoint, {figures.equal} byte-equal; {figures.seconds} s"
     )
     print(json.dumps({name: value for name, value in asdict(figures).items() if name != "wrong"}))
     return 1 if figures.wrong else 0

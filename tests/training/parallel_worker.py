@@ -1,11 +1,14 @@
-"""One of the processes of test_parallel.py: the gradients of every case in every layout, written by the first of them.
+"""The processes of test_parallel.py: the gradients of every case in every layout, written by the first of them.
 
-python parallel_worker.py FOLDER RANK SIZE LAYOUT...      LAYOUT is ddp, fsdp or the number of tensor ranks
+python parallel_worker.py FOLDER SIZE LAYOUT...      LAYOUT is ddp, fsdp or the number of tensor ranks
+
+One process imports torch and forks the ranks, since importing takes longer than the gradients of a few small cases.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,9 +25,8 @@ from headway.training.parts import local, whole
 from headway.training.world import World
 
 
-def main() -> None:
-    folder, rank, size, layouts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-    torch.set_num_threads(1)
+def work(folder: Path, rank: int, size: int, layouts: list[str]) -> None:
+    """What one rank does."""
     torch.set_default_dtype(torch.float64)
     store = torch.distributed.FileStore(str(folder / f"store{size}"), size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -50,5 +52,21 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
+def main() -> int:
+    """0 if all ranks ended well; a failed one's traceback stands on stderr, and the others are ended with it."""
+    folder, size, layouts = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    torch.set_num_threads(1)  # before the fork: a child has none of its parent's threads
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=work, args=(folder, rank, size, layouts), daemon=True) for rank in range(size)]
+    for one in ranks:
+        one.start()
+    while any(one.exitcode is None for one in ranks):
+        for one in ranks:
+            one.join(0.05)
+            if one.exitcode:
+                return 1  # what is daemonic ends with this process
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

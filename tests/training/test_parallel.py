@@ -71,10 +71,9 @@ def write(folder: Path, name: str, model: Transformer, batch: TrainingBatch) -> 
 
 def processes(folder: Path, size: int, *layouts: str) -> None:
     worker = Path(__file__).with_name("parallel_worker.py")
-    words = [[sys.executable, str(worker), str(folder), str(rank), str(size), *layouts] for rank in range(size)]
-    running = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True) for one in words]
-    ends = [one.communicate(timeout=300)[1] for one in running]
-    assert [one.returncode for one in running] == [0] * size, ends[0][-3000:]
+    words = [sys.executable, str(worker), str(folder), str(size), *layouts]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def compare(folder: Path, name: str, wanted: Mapping[str, Tensor], suffix: str) -> None:
