@@ -33,6 +33,7 @@ from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.first_look import look
 from headway.training.forecast import Forecast, forecast
+from headway.training.loggers import TENSORBOARD, WANDB, WANDB_RUN, check_loggers
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.proof import Proof, prove
 from headway.training.recipe import resolve, time_step
@@ -40,7 +41,7 @@ from headway.training.teaching import check_teaching
 from headway.training.throughput import resident_bytes
 from headway.training.world import ALONE, World, joined
 
-_OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png")
+_OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png", TENSORBOARD, WANDB, WANDB_RUN)
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ def _in_world(run: RunConfig, how: Launch, say: OnEvent, world: World) -> RunRes
     folder = Path(run.output) if run.output else default_output(run)
     if run.data.path is None and not run.data.mixture:
         raise ConfigError("data.path", "missing", "a file or folder of text", "data.path=FILE")
+    if world.is_first:
+        check_loggers(run.train.loggers)  # before the data, which may take long
     if how.dry_run or not world.is_first:
         return _train(run, folder, how, say, world)
     is_new = not folder.exists()

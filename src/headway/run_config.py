@@ -206,6 +206,7 @@ class Train(Frozen):
     `checkpoint_activations` runs blocks twice for less memory, to the same bits. Of several
     processes each holds the whole model (`strategy` ddp) or a share of it (fsdp), and `tensor_parallel` of them share
     the work on the same rows; one that hears nothing of the others for `collective_timeout` seconds gives up.
+    `loggers` get the run's events besides metrics.jsonl; each is an extra of its own.
     """
 
     steps: Count | None = None
@@ -243,6 +244,7 @@ class Train(Frozen):
     strategy: Literal["ddp", "fsdp"] = "ddp"
     tensor_parallel: Positive = 1
     collective_timeout: PositiveReal = 1800.0
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_tuple)] = ()
     threads: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"

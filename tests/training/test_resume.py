@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from logger_fakes import install
 from tiny_runs import TEXT, Run, checkpoint_bytes, model_config, source, train_config
 
 from headway.checkpoints import folder
@@ -169,6 +170,7 @@ OTHER: dict[str, object] = {
     "strategy": "fsdp",
     "tensor_parallel": 2,
     "collective_timeout": 60.0,
+    "loggers": ("tensorboard", "wandb"),
     "schedule": "cosine",
     "warmup": 3,
     "decay": 0.3,
@@ -222,7 +224,10 @@ def test_the_table_of_keys_is_complete() -> None:
 
 @pytest.mark.fault("R9")
 @pytest.mark.parametrize("key", sorted(OTHER))
-def test_a_changed_key_is_refused_as_a_diff_or_overridden(begun: Path, tmp_path: Path, key: str) -> None:
+def test_a_changed_key_is_refused_as_a_diff_or_overridden(
+    begun: Path, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)  # the packages of loggers
     copy = shutil.copytree(begun, tmp_path / "run")
     changed = train_config(**{"checkpoint_every": 3, key: OTHER[key]})
     old = getattr(train_config(checkpoint_every=3), key)

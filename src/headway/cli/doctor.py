@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from headway.machine import Choice, Probe
 
 CORE = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "PyYAML", "typer", "rich", "jinja2")
-OPTIONAL = {"matplotlib": "plots", "transformers": "test", "pytest": "test"}
+OPTIONAL = {
+    "matplotlib": "plots",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "transformers": "test",
+    "pytest": "test",
+}
 _COMPILERS = ("c++", "g++", "clang++")
 
 

@@ -55,7 +55,8 @@ from headway.training.events import (
 )
 from headway.training.gradients import backward
 from headway.training.health import gradient_norms, measure
-from headway.training.metrics import METRICS, MetricsLog
+from headway.training.loggers import Begin, Loggers, check_loggers
+from headway.training.metrics import METRICS, MetricsLog, last_steps
 from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.optimizers import make_optimizer
 from headway.training.parallel import Parallel
@@ -157,6 +158,8 @@ class Trainer:
         if self.train.steps is None:
             raise ConfigError("train.steps", "not set", "a number of updates", "train.steps=1000")
         self.steps = self.train.steps
+        if self.world.is_first:
+            check_loggers(self.train.loggers)
         self.device = next(self.model.parameters()).device
         configure(self.model, self.train, self.teacher)
         dtype = DTYPES[self.train.dtype]
@@ -208,7 +211,7 @@ class Trainer:
                 raise
             finally:
                 if self.world.is_first:
-                    self._log.flush()
+                    self._close_logs()
                     if signals.caught is None or self._is_saved():
                         self._draw()
                 if self._is_stopped:
@@ -266,16 +269,30 @@ class Trainer:
                 self._warn("orphan", f"removed {orphan.name}, left unfinished by a killed run")
         self.world.wait()
         found = self._find(resume)
+        seen = None if found is None else last_steps(self.folder / METRICS)
         if found is None:
             torch.manual_seed(self.train.seed)
+            self._open_loggers(seen)
             return
         for reason in found.rejected:
             self._warn("rejected", f"passed over a broken checkpoint: {reason}")
         self.progress, said = self._state.restore(found, override)
         self._saved = (self.progress.step, self.progress.evaluated)
+        self._open_loggers(seen)
         self._emit(ResumeEvent(self.progress.step, found.path))
         for line in said:
             self._warn("resume", line)
+
+    def _open_loggers(self, seen: Mapping[str, int] | None) -> None:
+        if self.world.is_first:
+            begin = Begin(self.folder, self._state.config, self.progress.step, seen)
+            self._loggers = Loggers(self.train.loggers, begin, partial(self._warn, "logger"))
+            self._log.then = self._loggers.send
+
+    def _close_logs(self) -> None:
+        self._log.flush()
+        self._loggers.close()
+        self._log.flush()  # what closing had to say
 
     def _find(self, resume: Resume) -> Found | None:
         if resume == "never":

@@ -8,7 +8,7 @@ not pay for opening a file. A log that cannot be written costs one warning, neve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from headway import files
@@ -26,7 +26,11 @@ class MetricsLog:
         path: the file; it is created when the first lines are written.
         warn: called once, with a sentence, if the file cannot be written or vanishes.
         every: seconds that lines may wait before they are written.
+
+    `then` gets the events that have been written (loggers.py).
     """
+
+    then: Callable[[Sequence[Event]], None] | None = None
 
     def __init__(self, path: Path, warn: Callable[[str], None], every: float = 1.0) -> None:
         self._path, self._warn, self._every = path, warn, every
@@ -53,6 +57,8 @@ class MetricsLog:
             self._written = True
         except MachineError as error:
             self._complain(f"{error}; training goes on, metrics are lost meanwhile")
+        if self.then is not None:
+            self.then(waiting)
 
     def _complain(self, text: str) -> None:
         if not self._warned:
@@ -66,17 +72,31 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     A line that a crash cut short is left out. Raises InputError if the file is missing or is not UTF-8.
     """
     kept: list[dict[str, object]] = []
+    for row in _rows(path):
+        if row.get("event") == "resume":
+            kept = [old for old in kept if _step(old) <= _step(row)]
+        kept.append(row)
+    return kept
+
+
+def last_steps(path: Path) -> dict[str, int]:
+    """{kind of event: its last step that was ever recorded}, also what a resume made void; {} without a file."""
+    last: dict[str, int] = {}
+    for row in _rows(path) if path.exists() else ():
+        kind = str(row.get("event"))
+        last[kind] = max(last.get(kind, -1), _step(row))
+    return last
+
+
+def _rows(path: Path) -> Iterator[dict[str, object]]:
+    """All records of the file, cut lines left out."""
     for line in files.read_bytes(path).split(b"\n"):
         try:
             row = strict_json(line, str(path)) if line.strip() else None
         except InputError:
             continue
-        if not isinstance(row, dict):
-            continue
-        if row.get("event") == "resume":
-            kept = [old for old in kept if _step(old) <= _step(row)]
-        kept.append(row)
-    return kept
+        if isinstance(row, dict):
+            yield row
 
 
 def _step(row: dict[str, object]) -> int:

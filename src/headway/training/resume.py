@@ -42,6 +42,7 @@ STATE = "state.json"
 FREE = {"output", "data.path", "data.mixture", "tokenizer.path", "distill.teacher"}
 FREE |= {"train.threads", "train.dtype", "train.device"}
 FREE |= {"train.checkpoint_activations"}  # memory for time, to the same bits
+FREE |= {"train.loggers"}
 FREE |= {"train.strategy", "train.tensor_parallel", "train.collective_timeout"}  # how processes share the work
 # Changing these gives another run than the one begun, but a meaningful one; hence only on demand.
 OVERRIDABLE = {"budget", "data.valid_path"} | {
