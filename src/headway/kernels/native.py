@@ -40,7 +40,7 @@ def twins_only() -> Iterator[None]:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the native path can take these tensors: float32 on CPU, outside of tracing."""
-    if not _enabled or library() is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _enabled or library() is None:
         return False
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 

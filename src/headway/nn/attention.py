@@ -139,7 +139,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor
         dense = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
     if mask.dense is not None:
         blind = ~mask.dense.any(-1, keepdim=True)
-        if dense is not None and bool(blind.any()):
+        # Whether a row is blind is a look at the data, which a compiled graph cannot take.
+        if dense is not None and (torch.compiler.is_compiling() or bool(blind.any())):
             # Let blind rows see everything, then zero them: no kernel needs to agree on softmax of nothing.
             dense = dense | blind if dense.dtype == torch.bool else dense.masked_fill(blind, 0.0)
         else:
