@@ -121,13 +121,18 @@ def classified(
 
 
 def fashion(options: argparse.Namespace) -> dict[str, Any]:
+    """Patches of 7: 16 positions instead of 49 let three times as many images through, and that is worth more here.
+
+    No mirror: shoes all point one way.
+    """
     place = debian("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")
     loaded, seconds = fit(
         options.folder / "fashion",
-        model={"depth": options.depth or 2},
+        model={"depth": options.depth or 3},
+        objective={"type": "image-classification", "shift": 1, "flip": False},
         budget=f"{options.minutes or 9}m",
-        data={"path": str(place)},
-        train={"seed": options.seed},
+        data={"path": str(place), "patch": 7},
+        train={"seed": options.seed, "lr": 0.01},
     )
     return {"seconds": seconds, **figures(assess(loaded, str(place), how=How(rows=256)))}
 
