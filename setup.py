@@ -11,11 +11,16 @@ FLAGS += ["-fno-signed-zeros", "-fassociative-math"]
 # No peeling of loops to reach an aligned address: the order of a sum must not depend on where malloc put an array.
 FLAGS += ["--param=vect-max-peeling-for-alignment=0"]
 
+# Wide vectors are passed only between functions that are inlined; the other warning is about GCC's own headers.
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+CPU = "src/headway/kernels/cpu"
+
 setup(
     ext_modules=[
         Extension(
             "headway.kernels._native",
-            ["src/headway/kernels/training.cpp"],
+            [f"{CPU}/training.cpp", f"{CPU}/run.cpp"],
+            depends=[f"{CPU}/{name}.h" for name in ("steps", "lanes", "kernels")],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -4,8 +4,8 @@
 
 Both read random windows of WikiText-2 bytes, in float32. Trainer (a process of its own) trains its GPT-2 as people
 configure it for such a run: fused AdamW at 1e-3, warmup, cosine, clipping, no dropout. Ours is the recipe at the same
-layers, width and context. Slices of steps take turns, so that a busy minute hits both; only they are timed. Needs the
-extra `bench`.
+layers, width and context, and for its pace also AdamW on everything, as Trainer has it. Slices of steps take turns, so
+that a busy minute hits all; only they are timed. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def main() -> None:
     theirs = Theirs(args.steps, args.threads)
     runs = [Timed(Ours(data, args.ours_steps, args.batch, seed, MODEL, shape=MEDIUM), args.ours_steps, SLICE)
             for seed in range(args.seeds)]  # fmt: skip
-    waiting = list(runs)
+    adamw = Timed(Ours(data, 6 * SLICE, MEDIUM.batch, 0, MODEL, {"optimizer": "adamw"}, MEDIUM), 6 * SLICE, SLICE)
+    waiting = [adamw, *runs]
     share = max(1, round(args.steps / (args.ours_steps * args.seeds)))
     going = True
     while going or waiting:
@@ -153,16 +154,19 @@ def main() -> None:
         if waiting and not waiting[0].slice():
             waiting.pop(0)
     tokens = MEDIUM.batch * MEDIUM.context
-    rates = [statistics.median(tokens * SLICE / s for s in theirs.slices)]
-    rates.append(statistics.median(args.batch * MEDIUM.context * SLICE / s for run in runs for s in run.slices))
+    rates = {
+        "trainer": statistics.median(tokens * SLICE / s for s in theirs.slices),
+        "ours, AdamW": statistics.median(tokens * SLICE / s for s in adamw.slices),
+        "ours": statistics.median(args.batch * MEDIUM.context * SLICE / s for run in runs for s in run.slices),
+    }
     reached = first_below(theirs.curve)
     bits = [bits_per_byte(run.loop.loss, valid, 200, MEDIUM.context) for run in runs]
     seconds = [run.seconds for run in runs]
     report(
         {
             "benchmark": "trainer",
-            "tokens_per_second": [round(rate) for rate in rates],
-            "ratio": round(rates[1] / rates[0], 2),
+            "tokens_per_second": {name: round(rate) for name, rate in rates.items()},
+            "ratio": {name: round(rate / rates["trainer"], 2) for name, rate in rates.items()},
             "trainer_curve": [(step, round(at, 1), round(value, 4)) for step, at, value in theirs.curve],
             "trainer_reached": reached,
             "ours": {"steps": args.ours_steps, "seconds": seconds, "bits_per_byte": bits},

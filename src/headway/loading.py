@@ -96,7 +96,7 @@ class FoundRun(NamedTuple):
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     force_tokenizer: bool = False,
     allow_nonfinite: bool = False,
@@ -106,7 +106,8 @@ def load(
 
     Args:
         path: where it lies.
-        dtype: cast the weights; by default they stay as stored, quantized blocks of a GGUF file included.
+        dtype: cast the weights, a dtype of torch or its name; by default (`stored`) they stay as they are, quantized
+            blocks of a GGUF file included.
         device: where the model goes.
         force_tokenizer: for a run, accept a tokenizer.json other than the one in training.
         allow_nonfinite: accept NaN and infinity among published weights.
@@ -114,9 +115,9 @@ def load(
 
     Raises:
         InputError: nothing usable there; config, weights and tokenizer do not belong together.
-        ConfigError, MachineError: no such device, or none on this machine.
+        ConfigError, MachineError: no such dtype or device, or none on this machine.
     """
-    place = Path(path)
+    place, dtype = Path(path), dtype_of(dtype)
     _check_device(device)
     form = form_of(place)
     if form == "run":
@@ -137,10 +138,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 STORED = "stored"
 
 
-def dtype_of(name: str) -> torch.dtype | None:
-    """The dtype of this name, None for `stored`. Raises ConfigError."""
+def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of this name, None for `stored`; a dtype is itself. Raises ConfigError."""
+    if not isinstance(name, str):
+        return name
     if name not in (STORED, *DTYPES):
-        raise ConfigError("dtype", repr(name), ", ".join((STORED, *DTYPES)))
+        raise ConfigError("dtype", repr(name)[:80], ", ".join((STORED, *DTYPES)))
     return DTYPES.get(name)
 
 

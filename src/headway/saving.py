@@ -107,8 +107,9 @@ def plain_weights(loaded: Loaded) -> dict[str, Tensor]:
     unpacked: dict[int, Tensor] = {}  # by the place of their blocks: what is tied stays tied
     for name, module in loaded.model.named_modules():
         if isinstance(module, PackedLinear | PackedEmbedding):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.blocks")}
-            place = module.get_buffer("blocks0").data_ptr()
+            own = {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
+            state = {key: value for key, value in state.items() if key not in own}
+            place = module.get_buffer("codes0").data_ptr()
             if place not in unpacked:
                 unpacked[place] = module.packed.unpack()
             state[f"{name}.weight"] = unpacked[place]

@@ -30,9 +30,10 @@ from headway.cli import chat as verb
 from headway.cli.main import main
 from headway.config import ModelConfig
 from headway.kernels.ggml import quantize
+from headway.kernels.native import library
 from headway.loading import Loaded
 from headway.nn import Transformer
-from headway.nn.packed import Packed, PackedEmbedding, PackedLinear
+from headway.nn.packed import Packed, PackedEmbedding, PackedLinear, exact
 
 SRC = Path(headway.__file__).parent.parent
 ENDLESS = "abcdefghij "
@@ -392,7 +393,7 @@ def test_models_that_write_no_text(piped, monkeypatch, fields):
         (["--temperature", "nan"], 2, "temperature"),
         (["--max-tokens", "0"], 2, "max_tokens"),
         (["top_p=2"], 2, "top_p"),
-        (["--dtype", "float8"], 2, "float32, bfloat16, float16 or stored"),
+        (["--dtype", "float8"], 2, "stored, float32, float16, bfloat16"),
         (["--save", "there.json"], 4, "--load there.json"),
         (["--thread", "0"], 2, "thread"),
         (["another"], 2, "2 paths"),
@@ -412,21 +413,28 @@ def test_wrong_options_are_named_before_the_model_is_loaded(piped, monkeypatch, 
 def packed_model() -> Loaded:
     plain = table_model(saying("ok"))
     weights = {
-        name: Packed((("Q8_0", quantize("Q8_0", tensor, name)),), tuple(tensor.shape)) if tensor.ndim == 2 else tensor
+        name: Packed.of_blocks((("Q8_0", quantize("Q8_0", tensor, name)),)) if tensor.ndim == 2 else tensor
         for name, tensor in plain.state_dict().items()
         if tensor.ndim != 2 or tensor.shape[1] % 32 == 0
     } | {name: tensor for name, tensor in plain.state_dict().items() if tensor.ndim == 2 and tensor.shape[1] % 32}
     return Loaded(Transformer.of(plain.config, weights), chat_tokenizer(), plain.config, Path("m.gguf"), form="gguf")
 
 
-def test_quantized_weights_become_float32_where_they_fit(piped, monkeypatch):
+def test_quantized_weights_run_as_they_are_where_a_kernel_can():
     loaded = packed_model()
+    assert (verb._unpacked(loaded) is loaded.model) is (library() is not None)
+
+
+def test_without_kernels_quantized_weights_become_float32_where_they_fit(piped, monkeypatch):
+    loaded = packed_model()
+    monkeypatch.setattr("headway.kernels.native.library", lambda: None)
     kinds = (PackedLinear, PackedEmbedding)
     assert sum(isinstance(module, kinds) for module in loaded.model.modules()) > 3
     model = verb._unpacked(loaded)
     assert not any(isinstance(module, kinds) for module in model.modules())
     ids = torch.arange(20)[None]
-    assert torch.equal(model(ids).logits, loaded.model(ids).logits)
+    with exact():
+        assert torch.equal(model(ids).logits, loaded.model(ids).logits)
     Path("t.jinja").write_text(CHATML)
     monkeypatch.setattr(api, "load", lambda *_, **__: loaded)
     used = []
@@ -439,6 +447,7 @@ def test_quantized_weights_become_float32_where_they_fit(piped, monkeypatch):
 def test_quantized_weights_stay_so_where_memory_is_short(piped, monkeypatch):
     loaded = packed_model()
     monkeypatch.setattr(api, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr("headway.kernels.native.library", lambda: None)
     monkeypatch.setattr("headway.machine.memory", lambda: (1 << 30, 500_000))
     Path("t.jinja").write_text(CHATML)
     said = piped("hello", "m.gguf", "--template", "t.jinja")
@@ -452,4 +461,4 @@ def test_weights_are_cast_on_request(piped, okay, monkeypatch):
     monkeypatch.setattr(api, "load", lambda path, **how: asked.append(how["dtype"]) or load(path, **how))
     for words in ([], ["--dtype", "stored"], ["--dtype", "bfloat16"]):
         assert piped("hello", okay, "--temperature", 0, *words).out == "Okay!\n"
-    assert asked == [None, None, torch.bfloat16]
+    assert asked == [None, "stored", "bfloat16"]

@@ -129,8 +129,7 @@ def _weight(rule: Rule, file: Gguf, dtype: torch.dtype | None) -> Tensor | Packe
     names = [name for name, _ in rule.leaves()]
     kinds = {file.tensors[_stack(name)].kind for name in names}
     if dtype is None and not kinds & FLOATS.keys() and len(rule.shape) == 2:
-        parts = list(_blocks(rule, file))
-        return Packed(tuple(parts), (rule.shape[0], rule.shape[1]))
+        return Packed.of_blocks(tuple(_blocks(rule, file)))
 
     def fetch(name: str) -> Tensor:
         kind, raw = _raw(file, name)

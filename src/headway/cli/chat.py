@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     Ask = Callable[[Callable[[str], None]], Reply]
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Common):
@@ -90,8 +88,6 @@ def _open(path: str, options: Options) -> Conversation:
 
     chosen = {name: getattr(options, name) for name in sampling_names()}
     sampling = GenerationOptions(**{name: value for name, value in chosen.items() if value is not None})
-    if options.dtype not in (*_DTYPES, "stored", None):
-        raise ConfigError("--dtype", repr(options.dtype), f"{', '.join(_DTYPES)} or stored")
     if options.save is not None:
         files.check_writable(options.save.absolute().parent)
         _check_free(options.save, {options.load})
@@ -100,11 +96,12 @@ def _open(path: str, options: Options) -> Conversation:
     from headway import api
     from headway.generation.conversation import Conversation
     from headway.generation.prompts import check_can_generate
+    from headway.loading import dtype_of
 
+    dtype_of(options.dtype)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype) if options.dtype in _DTYPES else None
-    loaded = api.load(path, dtype=dtype, force_tokenizer=options.force_tokenizer, device=options.device)
+    loaded = api.load(path, dtype=options.dtype, force_tokenizer=options.force_tokenizer, device=options.device)
     for line in loaded.notes:
         note(f"note: {line}")
     check_can_generate(loaded.config)
@@ -131,15 +128,18 @@ def _template(loaded: Loaded, file: Path | None) -> ChatTemplate:
 
 
 def _unpacked(loaded: Loaded) -> Transformer:
-    """The model with its quantized blocks as float32 where memory allows: blocks are unpacked for every token."""
+    """The model, its quantized weights as float32 where memory allows and no kernel multiplies by them as they are."""
     import torch
 
+    from headway.kernels.native import library
     from headway.machine import memory
     from headway.nn import Transformer
     from headway.nn.packed import PackedEmbedding, PackedLinear
     from headway.saving import plain_weights
 
     packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    if library() is not None and next(loaded.model.parameters()).device.type == "cpu":
+        return loaded.model
     need = 4 * sum(module.shape[0] * module.shape[1] for module in packed)
     device = next(loaded.model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()[1]

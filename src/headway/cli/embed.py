@@ -53,13 +53,13 @@ def run(options: Options) -> None:
 
     import torch
 
-    from headway import api, loading
+    from headway import api
     from headway.cli.display import Display
     from headway.launch import Phase
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=loading.dtype_of(options.dtype), device=options.device, tower=options.tower)
+    loaded = api.load(path, dtype=options.dtype, device=options.device, tower=options.tower)
     for line in loaded.notes:
         note(f"note: {line}")
     began = time.perf_counter()

@@ -54,12 +54,11 @@ def run(options: Options) -> None:
 
     import torch
 
-    from headway import api, loading
+    from headway import api
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dtype = loading.dtype_of(options.dtype)
-    loaded = api.load(path, dtype=dtype, force_tokenizer=options.force_tokenizer, device=options.device)
+    loaded = api.load(path, dtype=options.dtype, force_tokenizer=options.force_tokenizer, device=options.device)
     for line in loaded.notes:
         note(f"note: {line}")
     began, printer = time.perf_counter(), Printer(json=options.json)

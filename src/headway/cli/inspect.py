@@ -126,8 +126,8 @@ def tensors_of(loaded: Loaded) -> dict[str, tuple[str, tuple[int, ...]]]:
     for name, tensor in loaded.model.named_parameters():
         out[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     for name, module in loaded.model.named_modules():
-        if isinstance(module, PackedLinear | PackedEmbedding) and module.get_buffer("blocks0").data_ptr() not in seen:
-            seen.add(module.get_buffer("blocks0").data_ptr())
+        if isinstance(module, PackedLinear | PackedEmbedding) and module.get_buffer("codes0").data_ptr() not in seen:
+            seen.add(module.get_buffer("codes0").data_ptr())
             out[f"{name}.weight"] = ("+".join(dict.fromkeys(module.kinds)), module.shape)
     return out
 

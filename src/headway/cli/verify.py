@@ -58,13 +58,13 @@ def run(options: Options) -> None:
     prompts = read_prompts(options.prompts) if options.prompts is not None else None
     import time
 
-    from headway import api, loading
+    from headway import api
     from headway.cli.display import Display
     from headway.evaluation.agreement import agree
     from headway.launch import Phase
 
     began = time.perf_counter()
-    a, b = (api.load(path, dtype=loading.dtype_of(options.dtype)) for path in options.paths)
+    a, b = (api.load(path, dtype=options.dtype) for path in options.paths)
     for line in (*a.notes, *b.notes):
         note(f"note: {line}")
     with Display() as display:

@@ -30,6 +30,7 @@ from headway.generation.options import GenerationOptions
 from headway.generation.prompts import Prompt, end_ids, prepare
 from headway.generation.session import Session, inference
 from headway.nn import Transformer
+from headway.nn.packed import exact
 from headway.run_config import flatten
 from headway.text import Tokenizer
 from headway.text.chat import ChatTemplate, special_tokens
@@ -213,7 +214,7 @@ def agree(
     rows, head = list(_compare_text(a, b, texts)), a.config.head.type
     sayable = min([vocab, *(one.vocab_size for one in tokenizers)])
     ends = [end_ids(form.config, form.tokenizer or reader, options) if reader else frozenset[int]() for form in (a, b)]
-    with inference(a.model), inference(b.model):
+    with inference(a.model), inference(b.model), exact():
         if head == "causal-lm":
             parts = list(_written(a, b, inputs, vocab, sayable, ends[0], tell))
         else:

@@ -52,7 +52,7 @@ _OCTETS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).mul(16).to(torch.u
 """For each byte its eight bits, lowest first, as eight bytes of 0 or 16: the fifth bits of eight codes at once."""
 
 
-class _Codes(NamedTuple):
+class Unpacked(NamedTuple):
     """n blocks unpacked: weight = scale * code + minimum, one scale to each of g equal groups of a block."""
 
     codes: Tensor  # (n, size), int8 or uint8
@@ -92,24 +92,24 @@ def _shifted(codes: Tensor, zero: int) -> Tensor:
     return codes.view(torch.int8).sub_(zero)
 
 
-def _q4_0(blocks: Tensor) -> _Codes:
-    return _Codes(_shifted(_nibbles(blocks, 2, 18), 8), _half(blocks, 0), None)
+def _q4_0(blocks: Tensor) -> Unpacked:
+    return Unpacked(_shifted(_nibbles(blocks, 2, 18), 8), _half(blocks, 0), None)
 
 
-def _q4_1(blocks: Tensor) -> _Codes:
-    return _Codes(_nibbles(blocks, 4, 20), _half(blocks, 0), _half(blocks, 1))
+def _q4_1(blocks: Tensor) -> Unpacked:
+    return Unpacked(_nibbles(blocks, 4, 20), _half(blocks, 0), _half(blocks, 1))
 
 
-def _q5_0(blocks: Tensor) -> _Codes:
-    return _Codes(_shifted(_nibbles(blocks, 6, 22) | _fifth_bits(blocks, 2), 16), _half(blocks, 0), None)
+def _q5_0(blocks: Tensor) -> Unpacked:
+    return Unpacked(_shifted(_nibbles(blocks, 6, 22) | _fifth_bits(blocks, 2), 16), _half(blocks, 0), None)
 
 
-def _q5_1(blocks: Tensor) -> _Codes:
-    return _Codes(_nibbles(blocks, 8, 24) | _fifth_bits(blocks, 4), _half(blocks, 0), _half(blocks, 1))
+def _q5_1(blocks: Tensor) -> Unpacked:
+    return Unpacked(_nibbles(blocks, 8, 24) | _fifth_bits(blocks, 4), _half(blocks, 0), _half(blocks, 1))
 
 
-def _q8_0(blocks: Tensor) -> _Codes:
-    return _Codes(blocks.view(torch.int8)[:, 2:], _half(blocks, 0), None)
+def _q8_0(blocks: Tensor) -> Unpacked:
+    return Unpacked(blocks.view(torch.int8)[:, 2:], _half(blocks, 0), None)
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,20 +120,20 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return _half(blocks, 0) * scales, -(_half(blocks, 1) * minima)
 
 
-def _q4_k(blocks: Tensor) -> _Codes:
-    return _Codes(_nibbles(blocks, 16, 144, 4), *_k_scales(blocks))
+def _q4_k(blocks: Tensor) -> Unpacked:
+    return Unpacked(_nibbles(blocks, 16, 144, 4), *_k_scales(blocks))
 
 
-def _q5_k(blocks: Tensor) -> _Codes:
-    return _Codes(_nibbles(blocks, 48, 176, 4) | _high_bits(blocks, 16, 48, 1, 1), *_k_scales(blocks))
+def _q5_k(blocks: Tensor) -> Unpacked:
+    return Unpacked(_nibbles(blocks, 48, 176, 4) | _high_bits(blocks, 16, 48, 1, 1), *_k_scales(blocks))
 
 
-def _q6_k(blocks: Tensor) -> _Codes:
+def _q6_k(blocks: Tensor) -> Unpacked:
     codes = _nibbles(blocks, 0, 128, 2) | _high_bits(blocks, 128, 192, 2, 2)
-    return _Codes(_shifted(codes, 32), _half(blocks, 104) * blocks.view(torch.int8)[:, 192:208], None)
+    return Unpacked(_shifted(codes, 32), _half(blocks, 104) * blocks.view(torch.int8)[:, 192:208], None)
 
 
-_UNPACK: dict[str, Callable[[Tensor], _Codes]] = {
+_UNPACK: dict[str, Callable[[Tensor], Unpacked]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
@@ -143,6 +143,11 @@ _UNPACK: dict[str, Callable[[Tensor], _Codes]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
+
+
+def unpack_blocks(kind: str, raw: Tensor) -> Unpacked:
+    """Codes and scales of packed rows, uint8 (..., row_bytes), of a format that has them, block after block."""
+    return _UNPACK[kind](raw.reshape(-1, BLOCKS[kind].bytes))
 
 
 def dequantize(kind: str, raw: Tensor, out: Tensor | None = None) -> Tensor:

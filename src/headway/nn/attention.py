@@ -56,6 +56,11 @@ def observed(see: Callable[[Tensor], None]) -> Iterator[None]:
         _observer = before
 
 
+def is_steered() -> bool:
+    """Whether `use_backend` or `observed` is in force."""
+    return _forced != "auto" or _observer is not None
+
+
 class Scores(NamedTuple):
     """How scores become weights: s = softcap(scale * q k^T) + bias, masked, softmax, dropout."""
 

@@ -80,6 +80,12 @@ class Slots:
             out.append(seen.transpose(1, 2))
         return out[0], out[1]
 
+    def columns(self, T: int) -> Tensor | None:
+        """Where the T new tokens go, (B|1, T); None where they would overwrite what they still have to see."""
+        if self._past is not None:
+            return None
+        return torch.arange(self._start, self._start + T)[None] if self._columns is None else self._columns
+
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row rows[i] (beam search); the batch may change size."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
@@ -125,6 +131,7 @@ class Cache:
         self.encoder_real: Tensor | None = None
         self.encoder_hidden: Tensor | None = None
         self.last_only = False
+        self.fused: object | None = None  # what nn/fused.py keeps from call to call
 
     def next_positions(self, T: int, real: Tensor | None) -> Tensor:
         """Positions (B|1, T) of the next T tokens, counting only real ones."""

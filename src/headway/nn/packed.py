@@ -1,61 +1,111 @@
-"""Linear layers and embeddings whose weights stay in the blocks that a file holds them in.
+"""Linear layers and embeddings whose weights stay in the few bits that a file holds them in.
 
-Weights are unpacked to the input's precision on every forward and forgotten after it: memory is the file's, the answer
-is that of the dequantized model to the last bit. Kernels that multiply the blocks directly replace these leaves.
+A product puts its input in 8 bits too and multiplies integers (kernels/codes.py), which no weight has to be unpacked
+for. Where that cannot be done (another dtype or device, gradients, `exact`) the weights are unpacked for the moment of
+the product, and the answer is that of the dequantized model to the last bit.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headway.kernels.ggml import dequantize
+from headway.kernels import steps
+from headway.kernels.codes import CodedMatrix, from_blocks
+from headway.kernels.native import usable
+
+_planes = 1  # of the inputs' codes; 0: none, the weights are unpacked
+
+
+@contextlib.contextmanager
+def use_planes(count: int) -> Iterator[None]:
+    """Inside, packed layers keep 8 bits of their inputs (1, the default) or 15 (2, up to twice as slow).
+
+    With 0 they unpack their weights and answer as the dequantized model does, to the last bit.
+    """
+    global _planes
+    before, _planes = _planes, count
+    try:
+        yield
+    finally:
+        _planes = before
+
+
+def exact() -> contextlib.AbstractContextManager[None]:
+    """Inside, packed layers answer as the dequantized model does, to the last bit."""
+    return use_planes(0)
+
+
+def planes() -> int:
+    """What `use_planes` says now."""
+    return _planes
 
 
 class Packed(NamedTuple):
-    """A matrix in blocks: (format, uint8 (rows, row_bytes)) of each group of rows, from top to bottom, and its shape.
+    """A matrix in codes: (name of the format, codes) of each group of rows, from top to bottom, and its shape.
 
     Matrices that were joined here may have stood in different formats in the file, hence groups.
     """
 
-    parts: tuple[tuple[str, Tensor], ...]
+    parts: tuple[tuple[str, CodedMatrix], ...]
     shape: tuple[int, int]
 
-    def unpack(self, out: Tensor | None = None) -> Tensor:
+    @classmethod
+    def of_blocks(cls, parts: tuple[tuple[str, Tensor], ...]) -> Packed:
+        """From (ggml format, uint8 (rows, row_bytes)) of each group."""
+        coded = tuple((kind, from_blocks(kind, raw)) for kind, raw in parts)
+        return cls(coded, (sum(part.shape[0] for _, part in coded), coded[0][1].shape[1]))
+
+    def unpack(self) -> Tensor:
         """The matrix in float32, (rows, columns)."""
-        out = torch.empty(self.shape, device=self.parts[0][1].device) if out is None else out
-        begin = 0
-        for kind, raw in self.parts:
-            dequantize(kind, raw, out[begin : begin + len(raw)])
-            begin += len(raw)
-        return out
+        if len(self.parts) == 1:
+            return self.parts[0][1].weights()
+        return torch.cat([part.weights() for _, part in self.parts])
 
 
 class _PackedModule(nn.Module):
-    """Holds the blocks as buffers, so that they move with the model."""
+    """Holds codes, scales and minima as buffers, so that they move with the model; no cast touches them."""
 
     def __init__(self, packed: Packed) -> None:
         super().__init__()
         self.kinds, self.shape = [kind for kind, _ in packed.parts], packed.shape
-        for number, (_, raw) in enumerate(packed.parts):
-            self.register_buffer(f"blocks{number}", raw)
+        self._forms = [part._replace(codes=_NOTHING, scales=_NOTHING, minima=None) for _, part in packed.parts]
+        self._dtypes = [part.scales.dtype for _, part in packed.parts]
+        for number, (_, part) in enumerate(packed.parts):
+            for name in _TENSORS:
+                tensor = getattr(part, name)
+                if tensor is not None:
+                    bits = _AS_BITS.get(tensor.dtype)
+                    self.register_buffer(f"{name}{number}", tensor if bits is None else tensor.view(bits))
 
     @property
     def packed(self) -> Packed:
-        """The blocks where they are now."""
-        buffers = [self.get_buffer(f"blocks{number}") for number in range(len(self.kinds))]
-        return Packed(tuple(zip(self.kinds, buffers, strict=True)), self.shape)
+        """The matrix where it is now."""
+        parts = []
+        for number, (kind, form, dtype) in enumerate(zip(self.kinds, self._forms, self._dtypes, strict=True)):
+            codes, scales, minima = (self._buffers.get(f"{name}{number}") for name in _TENSORS)
+            assert codes is not None and scales is not None
+            low = None if minima is None else minima.view(dtype)
+            parts.append((kind, form._replace(codes=codes, scales=scales.view(dtype), minima=low)))
+        return Packed(tuple(parts), self.shape)
 
     def extra_repr(self) -> str:
         """Shape and formats."""
         return f"{self.shape[0]}x{self.shape[1]}, {'+'.join(self.kinds)}"
 
 
+_NOTHING = torch.empty(0)
+_TENSORS = ("codes", "scales", "minima")
+_AS_BITS = {torch.float16: torch.int16, torch.float32: torch.int32}
+
+
 class PackedLinear(_PackedModule):
-    """x W^T + b with W in blocks. Gradients reach x, not W."""
+    """x W^T + b with W in codes. Gradients reach x, not W."""
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None) -> None:
         super().__init__(packed)
@@ -64,16 +114,21 @@ class PackedLinear(_PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.packed.unpack().to(x.dtype), bias)
+        if not _planes or not usable(x) or (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, self.packed.unpack().to(x.dtype), bias)
+        parts = [part for _, part in self.packed.parts]
+        biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
+        found = [steps.linear(x, part, some, _planes) for part, some in zip(parts, biases, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 class PackedEmbedding(_PackedModule):
-    """A table in blocks of which only the rows asked for are unpacked."""
+    """A table in codes of which only the rows asked for are unpacked."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., columns) float32."""
-        ((kind, raw),) = self.packed.parts
-        return dequantize(kind, raw[ids])
+        ((_, table),) = self.packed.parts
+        return table.rows(ids.reshape(-1)).view(*ids.shape, self.shape[1])
 
 
 def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:

@@ -10,6 +10,7 @@ from headway.config import Alibi, ModelConfig, Relative
 from headway.config import Rope as RopeConfig
 from headway.nn.block import Block, Surroundings
 from headway.nn.cache import Cache
+from headway.nn.fused import Fused
 from headway.nn.masks import Mask, Sight, build_mask
 from headway.nn.norms import make_norm
 from headway.nn.positions import Rope, ScoreBias
@@ -74,8 +75,11 @@ class Stack(nn.Module):
             encoder_BSD, encoder_real: what cross-attention reads, and which of it is not padding.
         """
         angles = self._angles(sight, x_BTD, cache)
-        masks: dict[tuple[bool, int | None], Mask] = {}
         sights = _sights(sight, cache, self.windows)
+        fused = None if cache is None or encoder_BSD is not None else Fused.build(self, cache, x_BTD)
+        if fused is not None and cache is not None:
+            return fused.run(x_BTD, sight.q_positions, cache, angles)
+        masks: dict[tuple[bool, int | None], Mask] = {}
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if block.mask not in masks:

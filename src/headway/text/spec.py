@@ -188,7 +188,7 @@ def _check_merges(model: dict[str, object], vocab: dict[str, int], place: str) -
     prefix = str(field(model, "continuing_subword_prefix", (str, type(None)), place) or "")
     for number, merge in enumerate(cast("list[object]", field(model, "merges", list, place))):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(part in vocab for part in map(str, pair)):
+        if not isinstance(pair, list) or len(pair) != 2 or str(pair[0]) not in vocab or str(pair[1]) not in vocab:
             found = f"{merge!r:.80}"
             raise InputError(f"{place}.merges[{number}]", found, "two tokens of the vocabulary")
         if not str(pair[1]).startswith(prefix):

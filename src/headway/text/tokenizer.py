@@ -56,7 +56,6 @@ class Tokenizer:
         self._where = where
         text = dump_json(spec.tree)
         self._json = text.encode()  # as a str, characters beyond Latin-1 would make every one take two bytes
-        self._hash = hashlib.sha256(dump_json(spec.tree, sort_keys=True).encode()).hexdigest()
         self.kind: Kind = spec.kind
         self.vocab_size = spec.vocab_size
         roles = spec.roles
@@ -127,10 +126,11 @@ class Tokenizer:
         """The tokenizer.json text: equal before and after save and load."""
         return self._json.decode()
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 of the tokenizer.json with sorted keys; two tokenizers with one hash encode alike."""
-        return self._hash
+        tree = strict_json(self._json, self._where)
+        return hashlib.sha256(dump_json(tree, sort_keys=True).encode()).hexdigest()
 
     def special_id(self, content: str) -> int | None:
         """The id of the control token with this text, or None."""

@@ -1,0 +1,186 @@
+// Queries, keys and values of a row of tokens, and what the queries gather from the cache.
+
+static const int QUERIES = 4;  // of one head, that read each key and value together
+
+FN float sum_of(Floats v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+FN uint16_t float_to_half(float value) {
+#if LEVEL >= 2
+    return (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
+#else
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+    if (size >= 0x7F800000) return (uint16_t)(sign | 0x7C00 | (size > 0x7F800000 ? 0x200 : 0));
+    if (size >= 0x477FF000) return (uint16_t)(sign | 0x7C00);
+    if (size < 0x38800000) {  // below 2^-14: a whole multiple of 2^-24, halves to even
+        float positive;
+        __builtin_memcpy(&positive, &size, sizeof positive);
+        return (uint16_t)(sign | (uint32_t)__builtin_nearbyintf(positive * 16777216.0f));
+    }
+    return (uint16_t)(sign | ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));
+#endif
+}
+
+// One head's H numbers normalised in place.
+TARGET static void norm_head(float *x, i64 H, i64 normalization, const float *weight, const float *bias, float eps) {
+    float mean = 0, square = 0;
+    for (i64 i = 0; normalization == LAYER && i < H; ++i) mean += x[i] / (float)H;
+    for (i64 i = 0; i < H; ++i) square += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / __builtin_sqrtf(square / (float)H + eps);
+    for (i64 i = 0; i < H; ++i) x[i] = (x[i] - mean) * factor * weight[i];
+    for (i64 i = 0; bias && i < H; ++i) x[i] += bias[i];
+}
+
+TARGET static void turn_head(float *x, const float *angles, i64 pairs, i64 interleaved) {
+    for (i64 i = 0; i < pairs; ++i) {
+        const i64 one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + pairs;
+        const float c = angles[2 * i], s = angles[2 * i + 1], a = x[one], b = x[other];
+        x[one] = a * c - b * s;
+        x[other] = b * c + a * s;
+    }
+}
+
+FN void keep(void *store, i64 at, const float *x, i64 H, i64 half) {
+    if (!half) {
+        __builtin_memcpy((float *)store + at, x, H * sizeof(float));
+        return;
+    }
+    for (i64 i = 0; i < H; ++i) ((uint16_t *)store)[at + i] = float_to_half(x[i]);
+}
+
+// Items: rows.
+TARGET static void heads(const Heads &h, i64 begin, i64 end) {
+    for (i64 t = begin; t < end; ++t) {
+        float *row = h.qkv + t * (h.N + 2 * h.K) * h.H;
+        const i64 sequence = h.rows[3 * t], column = h.rows[3 * t + 2];
+        for (i64 n = 0; n < h.N + 2 * h.K; ++n) {
+            float *x = row + n * h.H;
+            const bool is_q = n < h.N, is_v = n >= h.N + h.K;
+            if (!is_v && h.normalization != PLAIN)
+                norm_head(x, h.H, h.normalization, is_q ? h.q_weight : h.k_weight, is_q ? h.q_bias : h.k_bias, h.eps);
+            if (!is_v && h.angles) turn_head(x, h.angles + t * 2 * h.pairs, h.pairs, h.interleaved);
+            if (is_q || column < 0) continue;
+            const Columns &c = h.columns;
+            const i64 head = is_v ? n - h.N - h.K : n - h.N;
+            const i64 at = sequence * c.sequence_stride + head * c.head_stride + column * c.column_stride;
+            keep(is_v ? c.values : c.keys, at, x, h.H, c.half);
+        }
+    }
+}
+
+FN Floats numbers_at(const void *from, i64 at, i64 half) {
+    return half ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
+}
+
+FN float number_at(const void *from, i64 at, i64 half) {
+    return half ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
+
+// What some rows of one sequence see of one head: S columns from `keys` and `values` on.
+struct View {
+    const char *keys, *values;
+    const i64 *positions;
+    i64 S, stride, half;
+};
+
+// scores[r][s] = q[r] k[s] for `count` queries; each key is read once for all of them.
+TARGET static void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
+    const i64 whole = H / LANES * LANES;
+    for (i64 s = 0; s < v.S; ++s) {
+        Floats sums[QUERIES] = {};
+        for (i64 i = 0; i < whole; i += LANES) {
+            const Floats k = numbers_at(v.keys, s * v.stride + i, v.half);
+            for (int r = 0; r < count; ++r) sums[r] += k * load<Floats>(q + r * q_stride + i);
+        }
+        for (int r = 0; r < count; ++r) {
+            float sum = sum_of(sums[r]);
+            for (i64 i = whole; i < H; ++i) sum += number_at(v.keys, s * v.stride + i, v.half) * q[r * q_stride + i];
+            scores[r * v.S + s] = sum;
+        }
+    }
+}
+
+// out[r] = sum over s of weights[r][s] v[s].
+TARGET static void gather(const float *weights, int count, const View &v, i64 H, float *out, i64 stride) {
+    i64 i = 0;
+    for (; i + LANES <= H; i += LANES) {
+        Floats sums[QUERIES] = {};
+        for (i64 s = 0; s < v.S; ++s) {
+            const Floats value = numbers_at(v.values, s * v.stride + i, v.half);
+            for (int r = 0; r < count; ++r) sums[r] += value * weights[r * v.S + s];
+        }
+        for (int r = 0; r < count; ++r) store(out + r * stride + i, sums[r]);
+    }
+    for (; i < H; ++i)
+        for (int r = 0; r < count; ++r) {
+            float sum = 0;
+            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.S + s] * number_at(v.values, s * v.stride + i, v.half);
+            out[r * stride + i] = sum;
+        }
+}
+
+FN bool sees(const Attend &a, i64 position, i64 column) {
+    const i64 back = position - column;
+    return column >= 0 && (!a.causal || back >= 0) && (!a.window || (back < a.window && -back < a.window));
+}
+
+// Scores become weights that sum to one; a row that sees nothing has weights of zero.
+TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a) {
+    const float none = -__builtin_inff();
+    float top = none, total = 0;
+    for (i64 i = 0; i < v.S; ++i) {
+        s[i] *= a.scale;
+        if (a.cap > 0) s[i] = a.cap * (1.0f - 2.0f / (1.0f + __builtin_expf(2.0f * s[i] / a.cap)));
+        s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
+        top = s[i] > top ? s[i] : top;
+    }
+    if (top == none) top = 0;
+    i64 i = 0;
+    for (; i + LANES <= v.S; i += LANES) {
+        const Floats x = load<Floats>(s + i);
+        store(s + i, x == splat(none) ? Floats{} : exponential(x - top));
+    }
+    for (; i < v.S; ++i) s[i] = s[i] == none ? 0.0f : __builtin_expf(s[i] - top);
+    for (i = 0; i < v.S; ++i) total += s[i];
+    const float inverse = total == 0 ? 0.0f : 1.0f / total;
+    for (i = 0; i < v.S; ++i) s[i] *= inverse;
+}
+
+// The columns from the first to the last that any of `count` rows from t on sees.
+TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
+    const Columns &c = a.columns;
+    const i64 sequence = a.rows[3 * t], size = c.half ? 2 : 4, *positions = c.positions + sequence * c.positions_stride;
+    i64 low = *c.used, high = 0;
+    for (i64 s = 0; s < *c.used; ++s) {
+        bool seen = false;
+        for (int r = 0; r < count; ++r) seen |= sees(a, a.rows[3 * (t + r) + 1], positions[s]);
+        if (!seen) continue;
+        low = s < low ? s : low;
+        high = s + 1;
+    }
+    if (high == 0) low = 0;
+    const i64 at = (sequence * c.sequence_stride + n / (a.N / a.K) * c.head_stride + low * c.column_stride) * size;
+    return {(const char *)c.keys + at, (const char *)c.values + at, positions + low, high - low, c.column_stride, c.half};
+}
+
+// Items: QUERIES rows of a head, those of one sequence at a time.
+TARGET static void attend(const Attend &a, i64 T, i64 begin, i64 end, i64 thread) {
+    float *scores = a.scratch + thread * QUERIES * a.room;
+    for (i64 item = begin; item < end; ++item) {
+        const i64 n = item % a.N, first = item / a.N * QUERIES, last = first + QUERIES < T ? first + QUERIES : T;
+        int count = 1;
+        for (i64 t = first; t < last; t += count) {
+            count = 1;
+            while (t + count < last && a.rows[3 * (t + count)] == a.rows[3 * t]) ++count;
+            const View v = view_of(a, t, count, n);
+            scores_of(a.q + t * a.q_stride + n * a.H, a.q_stride, count, v, a.H, scores);
+            for (int r = 0; r < count; ++r) weigh(scores + r * v.S, v, a.rows[3 * (t + r) + 1], a);
+            gather(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, a.N * a.H);
+        }
+    }
+}

@@ -1,0 +1,230 @@
+// The steps, each over a range of its items and independent of how the items are shared out among threads.
+
+static const int ROWS = 16;  // of W, side by side
+
+struct Block {  // one number for each of them
+    Floats parts[PARTS];
+};
+
+FN Block numbers(const void *from, i64 at, i64 half) {
+    Block out;
+    for (int p = 0; p < PARTS; ++p)
+        out.parts[p] = half ? load_halves((const uint16_t *)from + at + p * LANES)
+                            : load<Floats>((const float *)from + at + p * LANES);
+    return out;
+}
+
+// out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
+template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
+    const int QUADS = CHUNK / (BITS == 4 ? 8 : 4);
+    const i64 chunks = (w.columns + CHUNK - 1) / CHUNK, per_group = w.group / CHUNK, width = chunks * CHUNK;
+    const i64 groups = (chunks + per_group - 1) / per_group;
+    const uint8_t *codes = w.codes + block * chunks * QUADS * 64;
+    const int8_t *a = in.codes + row * width;
+    const float *a_scales = in.scales + row * chunks;
+    const int32_t *a_sums = in.sums + row * chunks;
+    Block totals[COUNT] = {}, scale{}, minimum{};
+    for (i64 c = 0, left = 0; c < chunks; ++c, --left, a += CHUNK, codes += QUADS * 64) {
+        if (left == 0) {
+            const i64 at = (block * groups + c / per_group) * ROWS;
+            scale = numbers(w.scales, at, w.half);
+            if (w.minima) minimum = numbers(w.minima, at, w.half);
+            left = per_group;
+        }
+        for (int p = 0; p < PARTS; ++p) {
+            Sum<BITS> dots[COUNT];
+            for (int r = 0; r < COUNT; ++r) dots[r].begin();
+#pragma GCC unroll 8
+            for (int q = 0; q < QUADS; ++q) {
+                const Codes both = load<Codes>(codes + q * 64 + p * WIDTH), low = BITS == 4 ? low_halves(both) : both;
+                for (int r = 0; r < COUNT; ++r) dots[r].add(low, a + r * width + 4 * q);
+                if (BITS != 4) continue;
+                const Codes high = high_halves(both);
+                for (int r = 0; r < COUNT; ++r) dots[r].add(high, a + r * width + 4 * q + CHUNK / 2);
+            }
+            for (int r = 0; r < COUNT; ++r) {
+                const float a_scale = a_scales[r * chunks + c];
+                const int32_t a_sum = a_sums[r * chunks + c], off = ((int32_t)w.zero - Sum<BITS>::SHIFT) * a_sum;
+                Floats &total = totals[r].parts[p];
+                total += to_floats(dots[r].total() - off) * (scale.parts[p] * a_scale);
+                if (w.minima) total += minimum.parts[p] * (a_scale * (float)a_sum);
+            }
+        }
+    }
+    for (int r = 0; r < COUNT; ++r) out[r] = totals[r];
+}
+
+template <int BITS, int CHUNK> TARGET void tiles(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
+    for (; count >= 4; count -= 4, row += 4, out += 4) tile<BITS, CHUNK, 4>(w, block, in, row, out);
+    for (; count >= 2; count -= 2, row += 2, out += 2) tile<BITS, CHUNK, 2>(w, block, in, row, out);
+    if (count) tile<BITS, CHUNK, 1>(w, block, in, row, out);
+}
+
+TARGET static void multiply(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
+    if (w.bits == 4) return tiles<4, 32>(w, block, in, row, count, out);
+    if (w.bits == 7 && w.chunk == 16) return tiles<7, 16>(w, block, in, row, count, out);
+    if (w.bits == 7) return tiles<7, 32>(w, block, in, row, count, out);
+    if (w.chunk == 16) return tiles<8, 16>(w, block, in, row, count, out);
+    tiles<8, 32>(w, block, in, row, count, out);
+}
+
+// e^x within 2 ulp: 2^n e^r with |r| <= ln(2) / 2 and the degree-6 polynomial of Cephes' expf.
+FN Floats exponential(Floats x) {
+    x = x > 88.0f ? splat(88.0f) : x;
+    x = x < -87.0f ? splat(-87.0f) : x;
+    Ints n = __builtin_convertvector(x * 1.44269504088896341f + (x < 0 ? splat(-0.5f) : splat(0.5f)), Ints);
+    const Floats whole = to_floats(n), r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Floats p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * (Floats)((n + 127) << 23);
+}
+
+FN Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// 1 - erf(x) for x >= 0 within 1.2e-7 of it (Numerical Recipes' erfcc).
+FN Floats erfc_positive(Floats x) {
+    const Floats t = 1.0f / (1.0f + 0.5f * x);
+    Floats p = splat(0.17087277f);
+    p = p * t - 0.82215223f;
+    p = p * t + 1.48851587f;
+    p = p * t - 1.13520398f;
+    p = p * t + 0.27886807f;
+    p = p * t - 0.18628806f;
+    p = p * t + 0.09678418f;
+    p = p * t + 0.37409196f;
+    p = p * t + 1.00002368f;
+    p = p * t - 1.26551223f;
+    return t * exponential(p - x * x);
+}
+
+FN Floats activate(Floats x, i64 activation) {
+    switch (activation) {
+    case RELU: return x > 0 ? x : x * 0.0f;
+    case RELU2: return x > 0 ? x * x : x * 0.0f;
+    case SILU: return x * sigmoid(x);
+    case QUICK_GELU: return x * sigmoid(1.702f * x);
+    case GELU_TANH: return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));  // tanh(z) = 2 sigmoid(2 z) - 1
+    case GELU: {
+        const Floats rest = 0.5f * erfc_positive((x < 0 ? -x : x) * 0.7071067811865476f);
+        return x * (x < 0 ? rest : 1.0f - rest);
+    }
+    default: return x;
+    }
+}
+
+// Items: 16 columns of the output.
+TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
+    const i64 width = l.gated ? l.weight.rows / 2 : l.weight.rows, planes = l.in.planes, AT_ONCE = 4;
+    for (i64 item = begin; item < end; ++item) {
+        for (i64 t = 0; t < T; t += AT_ONCE) {
+            const int count = (int)(T - t < AT_ONCE ? T - t : AT_ONCE);
+            Block sums[2][2 * AT_ONCE];
+            for (int half = 0; half < (l.gated ? 2 : 1); ++half)
+                multiply(l.weight, item + half * (width / ROWS), l.in, t * planes, count * (int)planes, sums[half]);
+            for (int r = 0; r < count; ++r) {
+                float *out = l.out + (t + r) * l.out_stride + item * ROWS, whole[ROWS];
+                const i64 left = width - item * ROWS;
+                float *to = left < ROWS || l.adds ? whole : out;
+                for (int p = 0; p < PARTS; ++p) {
+                    Floats y[2];
+                    for (int half = 0; half < (l.gated ? 2 : 1); ++half) {
+                        y[half] = sums[half][r * planes].parts[p];
+                        if (planes == 2) y[half] += sums[half][2 * r + 1].parts[p];
+                        const i64 block = item + half * (width / ROWS);
+                        if (l.weight.bias) y[half] += load<Floats>(l.weight.bias + block * ROWS + p * LANES);
+                    }
+                    y[0] = activate(y[0], l.activation);
+                    store(to + p * LANES, l.gated ? y[0] * y[1] : y[0]);
+                }
+                if (to == out) continue;
+                for (i64 i = 0; i < (left < ROWS ? left : ROWS); ++i) out[i] = l.adds ? out[i] + whole[i] : whole[i];
+            }
+        }
+    }
+}
+
+// One chunk of x in codes; returns its step: 0 where all is zero, NaN (and codes of zero) where x is not finite.
+TARGET static float code_chunk(const float *x, i64 n, i64 chunk, i64 planes, int8_t *codes, i64 plane, int32_t *sums, i64 next) {
+    float top = 0, bad = 0;
+    for (i64 i = 0; i < n; ++i) {
+        const float size = x[i] < 0 ? -x[i] : x[i];
+        top = size > top ? size : top;
+        bad += x[i] * 0.0f;
+    }
+    const float inverse = top > 0 && bad == 0 ? 127.0f / top : 0.0f, fine = planes == 2 ? inverse * 128.0f : inverse;
+    int32_t high_sum = 0, low_sum = 0;
+    const i64 coded = inverse > 0 ? n : 0;
+    for (i64 i = 0; i < coded; ++i) {
+        const int32_t code = (int32_t)__builtin_nearbyintf(x[i] * fine), high = planes == 2 ? (code + 64) >> 7 : code;
+        codes[i] = (int8_t)high;
+        high_sum += high;
+        if (planes == 2) {
+            codes[plane + i] = (int8_t)(code - high * 128);
+            low_sum += code - high * 128;
+        }
+    }
+    for (i64 p = 0; p < planes; ++p)
+        for (i64 i = coded; i < chunk; ++i) codes[p * plane + i] = 0;
+    sums[0] = high_sum;
+    if (planes == 2) sums[next] = low_sum;
+    return (inverse > 0 ? top / 127.0f : 0.0f) + bad;
+}
+
+// Items: rows.
+TARGET static void norm(const Norm &n, i64 begin, i64 end) {
+    const i64 D = n.columns, chunk = n.codes.codes ? n.codes.chunk : 32, chunks = (D + chunk - 1) / chunk;
+    const i64 planes = n.codes.planes;
+    for (i64 t = begin; t < end; ++t) {
+        const float *x = n.in + t * n.in_stride;
+        float *out = n.out ? n.out + t * n.out_stride : nullptr;
+        float mean = 0, factor = 1, square = 0;
+        if (n.normalization == LAYER) {
+            for (i64 i = 0; i < D; ++i) mean += x[i];
+            mean /= (float)D;
+        }
+        if (n.normalization != PLAIN) {
+            for (i64 i = 0; i < D; ++i) square += (x[i] - mean) * (x[i] - mean);
+            factor = 1.0f / __builtin_sqrtf(square / (float)D + n.eps);
+        }
+        for (i64 c = 0; c < chunks; ++c) {
+            const i64 at = c * chunk, rest = D - at, count = rest < chunk ? rest : chunk;
+            float y[32];
+            for (i64 i = 0; i < count; ++i) y[i] = (x[at + i] - mean) * factor;
+            for (i64 i = 0; n.weight && i < count; ++i) y[i] *= n.weight[at + i];
+            for (i64 i = 0; n.bias && i < count; ++i) y[i] += n.bias[at + i];
+            for (i64 i = 0; n.scale && i < count; ++i) y[i] *= n.scale[at + i];
+            if (out && n.adds)
+                for (i64 i = 0; i < count; ++i) out[at + i] += y[i];
+            else if (out)
+                for (i64 i = 0; i < count; ++i) out[at + i] = y[i];
+            if (!n.codes.codes) continue;
+            const i64 first = t * planes * chunks + c;
+            float *scales = n.codes.scales + first;
+            *scales = code_chunk(y, count, chunk, planes, n.codes.codes + t * planes * chunks * chunk + at, chunks * chunk,
+                                 n.codes.sums + first, chunks);
+            if (planes == 2) scales[chunks] = *scales / 128.0f;
+        }
+    }
+}
+
+#include "attention.h"
+
+TARGET static i64 item_count(const Step &step, i64 T) {
+    if (step.kind == NORM || step.kind == HEADS) return T;
+    if (step.kind == ATTEND) return (T + QUERIES - 1) / QUERIES * ((const Attend *)step.what)->N;
+    const Linear &l = *(const Linear *)step.what;
+    return ((l.gated ? l.weight.rows / 2 : l.weight.rows) + ROWS - 1) / ROWS;
+}
+
+TARGET static void run_step(const Step &step, i64 T, i64 begin, i64 end, i64 thread) {
+    switch (step.kind) {
+    case NORM: return norm(*(const Norm *)step.what, begin, end);
+    case LINEAR: return linear(*(const Linear *)step.what, T, begin, end);
+    case HEADS: return heads(*(const Heads *)step.what, begin, end);
+    case ATTEND: return attend(*(const Attend *)step.what, T, begin, end, thread);
+    }
+}

@@ -1,0 +1,119 @@
+// Vectors of floats and integers, and the few operations that C++ cannot say: the dot product of codes, half floats.
+//
+// This file and the kernels after it are compiled once for each instruction set, in a namespace of its own (run.cpp):
+// LEVEL is 0 portable, 2 AVX2, 3 AVX-512, 4 AVX-512 with VNNI; TARGET is the attribute that says so to the compiler.
+// Vectors are GCC's and Clang's vector extension at the machine's own width; intrinsics stand here alone. No function of
+// the standard library is called: the linker might keep the copy that was compiled for the larger instruction set.
+
+#define FN TARGET static inline __attribute__((always_inline))
+#define VECTOR __attribute__((vector_size(WIDTH)))
+
+static const int WIDTH = LEVEL >= 3 ? 64 : LEVEL == 2 ? 32 : 16;  // bytes
+static const int LANES = WIDTH / 4, PARTS = 16 / LANES;           // a block of sixteen rows has PARTS vectors
+
+typedef float Floats VECTOR;
+typedef int32_t Ints VECTOR;
+typedef int16_t Shorts VECTOR;
+typedef uint16_t Words VECTOR;
+typedef uint8_t Codes VECTOR;  // four consecutive codes for each of LANES rows
+
+template <class V> FN V load(const void *from) {
+    V value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class V> FN void store(void *to, V value) { __builtin_memcpy(to, &value, sizeof value); }
+
+FN Floats splat(float value) { return value - Floats{}; }
+FN Ints splat(int32_t value) { return value - Ints{}; }
+FN Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
+
+FN Codes low_halves(Codes pairs) { return pairs & 15; }
+FN Codes high_halves(Codes pairs) { return (Codes)(((Words)pairs >> 4) & 0x0F0F); }
+
+FN float half_to_float(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
+    uint32_t bits = sign | ((rest << 13) + 0x38000000);
+    if (rest >= 0x7C00) bits = sign | 0x7F800000 | ((rest & 0x3FF) << 13);
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    if (rest >= 0x400) return value;
+    value = (float)rest * 5.9604644775390625e-8f;  // zero or subnormal: a whole multiple of 2^-24
+    return sign ? -value : value;
+}
+
+FN Floats load_halves(const uint16_t *from) {
+#if LEVEL >= 3
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif LEVEL == 2
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    Floats out;
+    for (int i = 0; i < LANES; ++i) out[i] = half_to_float(from[i]);
+    return out;
+#endif
+}
+
+// The running sum of LANES rows over quadruples of codes times activations. BITS says how large codes may be: 4 (below
+// 16), 7 (below 128) or 8. SHIFT is what `total` has taken off each code.
+//
+// Without VNNI bytes are multiplied into sums of 16 bits, which hold 16 products of 15 * 127, two of 127 * 127, and none
+// more of 255 * 127: 4-bit codes of one chunk are summed in 16 bits, others in 32. AVX2 multiplies in pairs; there 8-bit
+// codes are made signed, and their sign goes over to the activation.
+template <int BITS> struct Sum {
+#if LEVEL == 2 || LEVEL == 3
+    static const int SHIFT = BITS == 8 ? 128 : 0;
+#else
+    static const int SHIFT = 0;
+#endif
+    Ints ints;
+    TARGET void begin() { ints = Ints{}; }
+
+    TARGET void add(Codes codes, const int8_t *four) {
+        int32_t packed;
+        __builtin_memcpy(&packed, four, 4);
+#if LEVEL == 4
+        ints = (Ints)_mm512_dpbusd_epi32((__m512i)ints, (__m512i)codes, _mm512_set1_epi32(packed));
+#elif LEVEL == 3
+        __m512i code = (__m512i)codes, times = _mm512_set1_epi32(packed);
+        if (BITS == 8) {
+            code = code ^ _mm512_set1_epi8(-128);
+            times = _mm512_mask_sub_epi8(times, _mm512_movepi8_mask(code), _mm512_setzero_si512(), times);
+            code = _mm512_abs_epi8(code);
+        }
+        add_pairs((Shorts)_mm512_maddubs_epi16(code, times));
+#elif LEVEL == 2
+        __m256i code = (__m256i)codes, times = _mm256_set1_epi32(packed);
+        if (BITS == 8) {
+            code = code ^ _mm256_set1_epi8(-128);
+            times = _mm256_sign_epi8(times, code);
+            code = _mm256_abs_epi8(code);
+        }
+        add_pairs((Shorts)_mm256_maddubs_epi16(code, times));
+#else
+        const Ints both = splat((four[0] & 0xFFFF) | four[2] * 65536), others = splat((four[1] & 0xFFFF) | four[3] * 65536);
+        const Shorts even = (Shorts)((Words)codes & 255), odd = (Shorts)((Words)codes >> 8);
+        if (BITS == 8) {
+            add_pairs(even * (Shorts)both);
+            add_pairs(odd * (Shorts)others);
+        } else {
+            add_pairs(even * (Shorts)both + odd * (Shorts)others);
+        }
+#endif
+    }
+
+    TARGET void add_pairs(Shorts pairs) { ints = BITS == 4 ? (Ints)((Shorts)ints + pairs) : ints + widened(pairs); }
+
+    TARGET static Ints widened(Shorts pairs) {
+#if LEVEL >= 3
+        return (Ints)_mm512_madd_epi16((__m512i)pairs, _mm512_set1_epi16(1));
+#elif LEVEL == 2
+        return (Ints)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+#else
+        return ((Ints)pairs >> 16) + ((Ints)pairs << 16 >> 16);
+#endif
+    }
+
+    TARGET Ints total() const { return BITS == 4 && LEVEL != 4 ? widened((Shorts)ints) : ints; }
+};

@@ -1,0 +1,148 @@
+// Runs steps on all threads, through the kernels of the best instruction set that the machine has.
+
+#include "steps.h"
+#include <atomic>
+#include <sched.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HEADWAY_X86 1
+#include <immintrin.h>
+#else
+#define HEADWAY_X86 0
+#endif
+
+#define LEVEL 0
+#define TARGET
+namespace portable {
+#include "lanes.h"
+#include "kernels.h"
+}
+#undef LEVEL
+#undef TARGET
+#undef FN
+#undef VECTOR
+
+#if HEADWAY_X86
+#define LEVEL 2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+namespace avx2 {
+#include "lanes.h"
+#include "kernels.h"
+}
+#undef LEVEL
+#undef TARGET
+#undef FN
+#undef VECTOR
+
+#define LEVEL 3
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
+namespace avx512 {
+#include "lanes.h"
+#include "kernels.h"
+}
+#undef LEVEL
+#undef TARGET
+#undef FN
+#undef VECTOR
+
+#define LEVEL 4
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+namespace vnni {
+#include "lanes.h"
+#include "kernels.h"
+}
+#undef LEVEL
+#undef TARGET
+#undef FN
+#undef VECTOR
+#endif
+
+struct Kernels {
+    const char *name;
+    i64 (*item_count)(const Step &, i64);
+    void (*run_step)(const Step &, i64, i64, i64, i64);
+    bool (*usable)();
+};
+
+static const Kernels LEVELS[] = {
+    {"portable", portable::item_count, portable::run_step, [] { return true; }},
+#if HEADWAY_X86
+    {"avx2", avx2::item_count, avx2::run_step,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {"avx512", avx512::item_count, avx512::run_step,
+     [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
+    {"avx512-vnni", vnni::item_count, vnni::run_step,
+     [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512dq"); }},
+#endif
+};
+
+static const Kernels *chosen = nullptr;
+
+// Threads meet here after each step. They spin for a while, since steps take microseconds, and then let others run.
+class Meeting {
+    std::atomic<int> waiting{0}, round{0};
+
+  public:
+    void arrive(int threads) {
+        if (threads == 1) return;
+        const int now = round.load(std::memory_order_relaxed);
+        if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+            waiting.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins)
+            if (spins > 2000) sched_yield();
+    }
+};
+
+extern "C" {
+
+// The instruction sets that this machine can run, from the least, as one text with spaces.
+const char *hw_levels() {
+    static char text[64];
+    char *end = text;
+    for (const Kernels &level : LEVELS)
+        if (level.usable()) {
+            if (end != text) *end++ = ' ';
+            for (const char *c = level.name; *c; ++c) *end++ = *c;
+        }
+    *end = 0;
+    return text;
+}
+
+// Use the instruction set of this name from now on; "" is the best. Returns whether the machine has it.
+int hw_use_level(const char *name) {
+    for (const Kernels &level : LEVELS)
+        if (level.usable() && (!*name || !__builtin_strcmp(level.name, name))) {
+            chosen = &level;
+            if (*name) return 1;
+        }
+    return !*name;
+}
+
+// Run `count` steps over T rows on `threads` threads. Each takes a share of a step's items whenever it has none, so that
+// one that lost its core holds up the others by one share only. counters: one zeroed integer per step.
+void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *counters) {
+    if (!chosen) hw_use_level("");
+    const Kernels &kernels = *chosen;
+    Meeting meeting;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#ifdef _OPENMP
+        const int here = omp_get_num_threads(), thread = omp_get_thread_num();
+#else
+        const int here = 1, thread = 0;
+#endif
+        for (i64 s = 0; s < count; ++s) {
+            const i64 items = kernels.item_count(steps[s], T), share = items / (4 * here) + 1;
+            for (i64 begin; (begin = counters[s].fetch_add(share, std::memory_order_relaxed)) < items;)
+                kernels.run_step(steps[s], T, begin, begin + share < items ? begin + share : items, thread);
+            meeting.arrive(here);
+        }
+    }
+}
+}

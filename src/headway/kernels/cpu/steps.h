@@ -1,0 +1,86 @@
+// What a forward pass is made of when it runs natively: steps over buffers that stay where they are. Python builds them
+// (kernels/cpu/__init__.py mirrors every struct); this library only reads them.
+//
+// Shapes: T rows (tokens of all sequences), D columns, N query heads, K key-value heads, H their size, S cache columns.
+#pragma once
+#include <cstdint>
+
+typedef int64_t i64;
+
+// R x C weights: value = scale * (code - zero) or scale * code + minimum. Sixteen rows lie side by side: codes are
+// [R / 16][C / chunk][chunk / 4][16][4] bytes, or for 4 bits [..][chunk / 8][16][4] with the chunk's first half in the low
+// half of each byte; scales and minima are [R / 16][C / group][16]. Rows and columns that are missing are zeros.
+struct Matrix {
+    const uint8_t *codes;
+    const void *scales, *minima;  // float, or half floats
+    const float *bias;
+    i64 rows, columns, bits, chunk, group, zero, half;
+};
+
+// Rows in codes of -127 to 127 with a scale and a sum of codes per chunk. With two planes each row has two: its value is
+// the sum of both, which keeps 15 bits instead of 8.
+struct Coded {
+    int8_t *codes;  // [rows][planes][chunks * chunk]
+    float *scales;  // [rows][planes][chunks]
+    int32_t *sums;
+    i64 columns, chunk, planes;
+};
+
+enum Activation : i64 { NONE, RELU, GELU, GELU_TANH, QUICK_GELU, SILU, RELU2 };
+enum Normalization : i64 { PLAIN, RMS, LAYER };
+enum Kind : i64 { NORM, LINEAR, HEADS, ATTEND };
+
+// y = norm(in (T, D)) * weight + bias, then * scale: written to `out` or added to it, put in codes, or both. The strides
+// are floats from row to row.
+struct Norm {
+    const float *in, *weight, *bias, *scale;
+    float *out;
+    i64 columns, in_stride, out_stride, normalization, adds;
+    float eps;
+    Coded codes;
+};
+
+// out (T, R) = or += activation(codes x W^T + bias). Gated: the first half of W's rows, whole blocks of 16, is the gate,
+// the second the product, and out (T, R / 2) = activation(gate) * product.
+struct Linear {
+    Matrix weight;
+    Coded in;
+    float *out;
+    i64 out_stride, adds, activation, gated;
+};
+
+// Keys and values of one layer and where they stand: (B, K, S, H) with strides in elements, positions (B, S) with -1 for a
+// column that holds nothing, and how many columns are in use.
+struct Columns {
+    void *keys, *values;
+    const i64 *positions, *used;
+    i64 sequence_stride, head_stride, column_stride, positions_stride, half;
+};
+
+// Of each row of a fused projection (T, N + 2K, H): queries and keys normalised per head and turned, keys and values put
+// into their column. The row's sequence, position and column stand in `rows` (T, 3); angles are (T, pairs, 2), cosine and
+// sine; a column of -1 is not stored.
+struct Heads {
+    float *qkv;
+    const float *q_weight, *q_bias, *k_weight, *k_bias, *angles;
+    const i64 *rows;
+    i64 N, K, H, pairs, interleaved, normalization;
+    float eps;
+    Columns columns;
+};
+
+// out (T, N, H) = softmax(cap(scale q k^T)) v over the columns that a row may see: not after its position if causal, and
+// less than `window` away. scratch: for each thread 4 floats for every column there can be.
+struct Attend {
+    const float *q;
+    const i64 *rows;
+    float *out, *scratch;
+    i64 N, K, H, q_stride, window, causal, room;
+    float scale, cap;
+    Columns columns;
+};
+
+struct Step {
+    Kind kind;
+    const void *what;
+};

@@ -1,0 +1,190 @@
+"""One native call for a whole stack: it computes what the blocks compute, over forms, batches, windows and caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headway.config import ModelConfig
+from headway.kernels import steps
+from headway.kernels.ggml import quantize
+from headway.nn import Transformer
+from headway.nn.attention import use_backend
+from headway.nn.cache import Cache
+from headway.nn.fused import Fused
+from headway.nn.packed import Packed, exact, use_planes
+
+pytestmark = pytest.mark.skipif(not steps.levels(), reason="no C++ compiler built the native kernels")
+
+SIZES: dict[str, Any] = {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_head": 32, "d_ff": 96}
+SIZES |= {"vocab_size": 50, "max_len": 40, "norm": "rmsnorm", "positions": "rope"}
+SWIGLU = {"activation": "silu", "gated": True}
+FORMS: dict[str, dict[str, Any]] = {
+    "llama": {"feed_forward": SWIGLU},
+    "gpt2": {"norm": "layernorm", "positions": "learned", "feed_forward": {"activation": "gelu-tanh", "bias": True},
+             "attention": {"bias": True, "output_bias": True}, "n_kv_heads": 4},
+    "neox": {"norm": "layernorm", "residual": "parallel", "positions": {"type": "rope", "fraction": 0.5},
+             "feed_forward": {"activation": "gelu", "bias": True}},
+    "gemma": {"norm": {"type": "rmsnorm", "offset": 1}, "placement": "sandwich", "feed_forward": {"activation":
+              "gelu-tanh", "gated": True}, "attention": {"softcap": 20.0, "window": 5,
+              "pattern": ["sliding", "causal"]}},
+    "olmo2": {"placement": "inside", "attention": {"qk_norm": "rmsnorm"}, "feed_forward": SWIGLU},
+    "post": {"placement": "post", "norm": "layernorm", "positions": "sinusoidal", "feed_forward": "relu"},
+    "ours": {"attention": {"qk_norm": "rmsnorm"}, "feed_forward": "relu2", "positions": {"type": "rope",
+             "layout": "interleaved"}, "layer_scale": 0.5},
+    "mistral": {"attention": {"window": 6, "pattern": ["sliding"]}, "feed_forward": SWIGLU, "n_kv_heads": 1},
+    "quick": {"attention": {"qk_norm": "layernorm"}, "feed_forward": "quick-gelu"},
+}  # fmt: skip
+
+
+def in_codes(config: ModelConfig, kinds: tuple[str, ...] = ("Q8_0",)) -> Transformer:
+    """A random model with its matrices in codes, those of each kind in turn; norms and biases are random too."""
+    torch.manual_seed(0)
+    weights: dict[str, Tensor | Packed] = {}
+    model = Transformer(config)
+    for leaf in model.modules():
+        if isinstance(leaf, nn.Linear):  # the recipe's start of zero would hide a part
+            nn.init.normal_(leaf.weight, std=leaf.in_features**-0.5)
+    for number, (name, tensor) in enumerate(model.state_dict().items()):
+        if tensor.ndim == 2 and "positions" not in name and "learned" not in name:
+            kind = kinds[number % len(kinds)]
+            weights[name] = Packed.of_blocks(((kind, quantize(kind, tensor)),))
+        else:
+            weights[name] = torch.rand_like(tensor) if tensor.ndim == 1 else tensor
+    return Transformer.of(config, weights)
+
+
+def decoded(model: Transformer, ids: Tensor, first: int, real: Tensor | None = None) -> tuple[Tensor, Cache]:
+    """Logits of a prompt of `first` tokens and then of one token at a time."""
+    cache = model.new_cache(len(ids), 32)
+    parts = [model(ids[:, :first], attention_mask=real, cache=cache).logits]
+    parts += [model(ids[:, t : t + 1], cache=cache).logits for t in range(first, ids.shape[1])]
+    return torch.cat(parts, 1), cache
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """The largest difference as a share of the largest number."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_fused_stack_is_its_blocks(form: str) -> None:
+    """Inputs keep 15 bits: with 8, a rounding that falls the other way is already as large as an error would be."""
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS[form]}))
+    ids = torch.randint(50, (2, 14))
+    with use_planes(2):
+        found, cache = decoded(model, ids, 6)
+        with use_backend("naive"):
+            known, slow = decoded(model, ids, 6)
+    with exact():
+        right, _ = decoded(model, ids, 6)
+    assert isinstance(cache.fused, Fused) and slow.fused is None
+    assert gap(found, known) < 1e-3 and gap(found, right) < 2e-3
+    # Other tokens before the last one show in it by ten times as much.
+    changed, _ = decoded(model, torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), 1), 6)
+    assert gap(changed[:, -1], known[:, -1]) > 10 * gap(found, known)
+
+
+@torch.no_grad()
+def test_with_8_bits_it_is_as_near_as_the_blocks_are() -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["llama"]}), ("Q4_0", "Q8_0", "Q4_1"))
+    ids = torch.randint(50, (2, 14))
+    found, cache = decoded(model, ids, 6)
+    with exact():
+        right, _ = decoded(model, ids, 6)
+    assert isinstance(cache.fused, Fused) and 1e-4 < gap(found, right) < 0.05
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_rows_of_unequal_length(side: str) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["gemma"]}))
+    ids, real = torch.randint(50, (3, 12)), torch.ones(3, 7)
+    for row, padding in enumerate((3, 0, 5)):
+        real[row, slice(0, padding) if side == "left" else slice(7 - padding, 7)] = 0
+    with use_planes(2):
+        found, cache = decoded(model, ids, 7, real)
+        with use_backend("naive"):
+            known, _ = decoded(model, ids, 7, real)
+    kept = torch.cat((real.bool(), torch.ones(3, 5).bool()), 1)
+    assert isinstance(cache.fused, Fused) and gap(found[kept], known[kept]) < 1e-3
+
+
+@torch.no_grad()
+def test_a_rolling_cache_and_a_reordered_one() -> None:
+    """Past the window columns are overwritten; rows that change places take their columns along."""
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["mistral"]}))
+    ids = torch.randint(50, (3, 30))
+
+    def run() -> Tensor:
+        cache, out = model.new_cache(3, 30), []
+        for t in range(30):
+            out.append(model(ids[:, t : t + 1], cache=cache).logits)
+            if t == 17:
+                cache.reorder(torch.tensor([2, 0, 0]))
+        return torch.cat(out, 1)
+
+    with use_planes(2):
+        found = run()
+        with use_backend("naive"):
+            known = run()
+    assert gap(found, known) < 1e-3
+
+
+@torch.no_grad()
+def test_joined_matrices_of_several_formats() -> None:
+    """Values in more bits than queries and keys, as GGUF files have them; their inputs are coded in other chunks."""
+    config = ModelConfig(**{**SIZES, **FORMS["llama"], "d_model": 256})
+    model = in_codes(config)
+    for block in model.decoder.blocks:
+        leaf = block.attention.qkv
+        weights = leaf.packed.unpack()
+        parts = [("Q4_0", weights[:192]), ("Q8_0", weights[192:])]
+        blocks = tuple((kind, quantize(kind, some)) for kind, some in parts)
+        block.attention.qkv = type(leaf)(Packed.of_blocks(blocks), None)
+    ids = torch.randint(50, (1, 10))
+    with use_planes(2):
+        found, cache = decoded(model, ids, 6)
+        with use_backend("naive"):
+            known, _ = decoded(model, ids, 6)
+    assert isinstance(cache.fused, Fused) and gap(found, known) < 1e-3
+
+
+@pytest.mark.parametrize("level", steps.levels())
+@torch.no_grad()
+def test_every_instruction_set(level: str) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["gemma"]}), ("Q4_0", "Q8_0", "Q4_1"))
+    ids = torch.randint(50, (2, 12))
+    with use_planes(2), use_backend("naive"):
+        known, _ = decoded(model, ids, 6)
+    assert steps.use_level(level)
+    try:
+        with use_planes(2):
+            found, cache = decoded(model, ids, 6)
+    finally:
+        steps.use_level()
+    assert isinstance(cache.fused, Fused) and gap(found, known) < 1e-3
+
+
+UNFIT: dict[str, dict[str, Any]] = {
+    "alibi": {"positions": "alibi"},
+    "experts": {"feed_forward": {"activation": "silu", "gated": True, "experts": {"experts": 2, "top_k": 1}}},
+}
+
+
+@pytest.mark.parametrize("form", UNFIT)
+@torch.no_grad()
+def test_what_has_no_kernel_runs_as_blocks(form: str) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **UNFIT[form]}))
+    found, cache = decoded(model, torch.randint(50, (1, 9)), 5)
+    assert cache.fused is None and found.isfinite().all()
+
+
+@torch.no_grad()
+def test_plain_weights_run_as_blocks() -> None:
+    found, cache = decoded(Transformer(ModelConfig(**SIZES)).eval(), torch.randint(50, (1, 9)), 5)
+    assert cache.fused is None and found.isfinite().all()
