@@ -86,6 +86,8 @@ class Meeting {
     std::atomic<int> waiting{0}, round{0};
 
   public:
+    std::atomic<i64> late{0};  // meetings at which somebody waited for long
+
     void arrive(int threads) {
         if (threads == 1) return;
         const int now = round.load(std::memory_order_relaxed);
@@ -94,10 +96,45 @@ class Meeting {
             round.store(now + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins)
-            if (spins > 2000) sched_yield();
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins) {
+            if (spins < PATIENCE) {
+#if HEADWAY_X86
+                _mm_pause();
+#endif
+                continue;
+            }
+            if (spins == PATIENCE) late.fetch_add(1, std::memory_order_relaxed);
+            sched_yield();
+        }
+    }
+
+    static const int PATIENCE = 1000;  // some 20 microseconds
+};
+
+// How many threads a run takes. Where another process has taken a core, threads wait for the one that lost its core,
+// for milliseconds at a time, and one thread alone is faster: then the next runs have one, and after them two are tried
+// again, at longer and longer intervals. Only runs of few rows are judged: with many, steps are longer than such waits.
+class Crowding {
+    static const i64 FEW = 16, LEAST = 8, MOST = 256;
+    std::atomic<i64> alone{0}, penalty{0};
+
+  public:
+    int threads(int asked, i64 T) {
+        if (asked == 1 || T > FEW || alone.load(std::memory_order_relaxed) <= 0) return asked;
+        alone.fetch_sub(1, std::memory_order_relaxed);
+        return 1;
+    }
+
+    void judge(i64 late, i64 steps, int threads, i64 T) {
+        if (threads == 1 || T > FEW) return;
+        const i64 before = penalty.load(std::memory_order_relaxed);
+        const i64 now = late * 16 < steps ? before / 2 : before * 2 < LEAST ? LEAST : before * 2 > MOST ? MOST : before * 2;
+        penalty.store(now, std::memory_order_relaxed);
+        if (late * 16 >= steps) alone.store(now, std::memory_order_relaxed);
     }
 };
+
+static Crowding crowding;
 
 extern "C" {
 
@@ -130,6 +167,7 @@ void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *
     if (!chosen) hw_use_level("");
     const Kernels &kernels = *chosen;
     Meeting meeting;
+    threads = crowding.threads(threads, T);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #ifdef _OPENMP
@@ -144,5 +182,6 @@ void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *
             meeting.arrive(here);
         }
     }
+    crowding.judge(meeting.late.load(), count, threads, T);
 }
 }
