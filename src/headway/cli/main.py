@@ -30,6 +30,7 @@ VERBS = {
     "verify": "Prove that two forms of a model answer the same.",
     "fetch": "Get a packaged model, or one from the hub.",
     "inspect": "Look into a model or a config: parameters, shapes, cost.",
+    "bench": "Measure how fast a model writes, against the machine's limit.",
     "doctor": "Look at this machine: versions, memory, speed.",
 }
 _HELP = """Usage: headway VERB [PATH] [OPTIONS] [dotted.key=value ...]
