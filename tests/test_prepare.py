@@ -58,6 +58,9 @@ def test_an_objective_trains_resumes_and_is_measured(tmp_path: Path, name: str) 
     assert loaded.config.kind == whole.plan.model.kind
     if metric is not None:
         measured = {one.name: one for one in assess.assess(loaded, str(path), how=assess.How(max_tokens=4))}
+        if loaded.config.kind == "encoder-decoder" and "bleu" in measured:
+            beams = assess.assess(loaded, str(path), how=assess.How(max_tokens=4, beams=2))
+            assert {one.name for one in beams} == set(measured)
         name_of = next(one for one in measured if one.split("@")[0] == metric.removesuffix("_at_k"))
         assert measured[name_of].interval.n > 0
 

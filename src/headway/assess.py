@@ -153,7 +153,8 @@ def _answers(loaded: loading.Loaded, found: Sequence[Question], how: How) -> Pre
 def _texts(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Predicted:
     from headway.generation import GenerationOptions, generate
 
-    options = GenerationOptions(max_tokens=how.max_tokens, temperature=0.0, beams=how.beams, truncate="left")
+    greedy: dict[str, Any] = {"temperature": 0.0} if how.beams == 1 else {}
+    options = GenerationOptions(max_tokens=how.max_tokens, beams=how.beams, truncate="left", **greedy)
     order = sorted(range(len(found)), key=lambda number: len(found[number].source))
     said = [""] * len(found)
     for begin in range(0, len(order), how.rows):
