@@ -20,7 +20,7 @@ setup(
         Extension(
             "headway.kernels._native",
             [f"{CPU}/training.cpp", f"{CPU}/run.cpp"],
-            depends=[f"{CPU}/{name}.h" for name in ("steps", "lanes", "kernels")],
+            depends=[f"{CPU}/{name}.h" for name in ("steps", "lanes", "kernels", "attention")],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headway.config import ModelConfig
 from headway.errors import ConfigError, InputError
-from headway.loading import Loaded
+from headway.loading import Loaded, dtype_of
 from headway.loading import load as _load
 from headway.nn import Transformer
 
@@ -50,6 +50,7 @@ def load(path: str | Path, **options: Any) -> Loaded:
     """
     from headway.checkpoints.fetch import resolve
 
+    dtype_of(options.get("dtype"))  # before anything is fetched
     return _load(resolve(str(path)), **options)
 
 

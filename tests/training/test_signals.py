@@ -195,21 +195,23 @@ def test_fifty_random_times(tmp_path: Path) -> None:
     whole, reached = run_of(tmp_path / "whole", steps, every), list[float]()
     whole.on_event = lambda event: reached.append(time.monotonic())
     expected = checkpoint_bytes(whole.fit().checkpoint)
-    duration = reached[-1] - reached[0]  # from the first step, which is where the children are when they are let go
+    pace = (reached[-1] - reached[0]) / steps
     rng = random.Random(5)
     codes = []
     for number in range(50):
         folder = tmp_path / str(number)
+        # Anywhere in the run, however busy the machine is meanwhile: at a step that the child tells, and within it.
+        moment = rng.randint(1, steps - 1)
 
-        def train(ready: Callable[[], None], folder: Path = folder) -> None:
+        def train(ready: Callable[[], None], folder: Path = folder, moment: int = moment) -> None:
             run = run_of(folder, steps, every)
-            run.on_event = lambda event: ready() if getattr(event, "step", 0) == 1 else None
+            run.on_event = lambda event: ready() if getattr(event, "step", 0) == moment else None
             run.fit()
 
         kind, times = rng.choice([(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
         pid, reader = child(train)
         assert os.read(reader, 1) == b"r"
-        time.sleep(rng.uniform(0, duration))
+        time.sleep(rng.uniform(0, pace))
         for _ in range(times):
             os.kill(pid, kind)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -222,8 +224,7 @@ def test_fifty_random_times(tmp_path: Path) -> None:
         codes.append(code)
         assert checkpoint_bytes(run_of(folder, steps, every).fit("auto").checkpoint) == expected, (number, kind, times)
         assert list_checkpoints(folder)[-1][0] == steps
-    # The control: signals did arrive during runs. How many depends on what else the machine does meanwhile.
-    assert sum(code in (130, 143) for code in codes) >= 10
+    assert sum(code in (130, 143) for code in codes) >= 25
 
 
 @pytest.mark.fault("R5")

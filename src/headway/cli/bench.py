@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from headway.cli.options import Common, by_name, option
 from headway.cli.output import Printer, duration, note, size
 from headway.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from headway.generation.speed import Speed
 
 WHAT = ("decode",)
 
@@ -42,7 +45,7 @@ def run(options: Options) -> None:
     from headway import api, machine
     from headway.cli.display import Display
     from headway.generation.prompts import check_can_generate
-    from headway.generation.speed import measure, weight_bytes
+    from headway.generation.speed import measure
     from headway.launch import Phase
 
     if options.threads is not None:
@@ -63,30 +66,34 @@ def run(options: Options) -> None:
             rounds=options.rounds,
             progress=lambda done: display(Phase("bench", done, options.rounds)),
         )
-    steps = speed.decode_tokens_per_second / options.batch_size
-    rate = steps * speed.bytes_per_step
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    share = rate / limits.bandwidth
-    after = os.getloadavg()[0]
+    rate = speed.decode_tokens_per_second / options.batch_size * speed.bytes_per_step
+    figures = {
+        **speed._asdict(),
+        "bytes_per_second": rate,
+        "share_of_bandwidth": rate / limits.bandwidth,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "load": [before, os.getloadavg()[0]],
+    }
     printer = Printer(json=options.json)
+    _show(printer, figures, speed, limits.bandwidth)
+    printer.result(figures)
+
+
+def _show(printer: Printer, figures: dict[str, Any], speed: Speed, bandwidth: float) -> None:
     low, high = speed.spread
+    share, (before, after) = figures["share_of_bandwidth"], figures["load"]
     printer.table(
         [
             ("first token", duration(speed.first_token_seconds), f"{speed.prefill_tokens_per_second:.0f} tokens/s"),
             ("decode", f"{speed.decode_tokens_per_second:.1f} tokens/s", f"{low:.1f} to {high:.1f}"),
-            ("read", f"{size(rate)}/s", f"{100 * share:.0f} % of {size(limits.bandwidth)}/s measured here"),
-            ("memory", size(peak), f"weights a step reads: {size(weight_bytes(loaded.model))}"),
+            (
+                "read",
+                f"{size(figures['bytes_per_second'])}/s",
+                f"{100 * share:.0f} % of {size(bandwidth)}/s measured here",
+            ),
+            ("memory", size(figures["peak_memory"]), f"a step reads {size(speed.bytes_per_step)}"),
             ("load before, after", f"{before:.1f}", f"{after:.1f}"),
         ]
-    )
-    printer.result(
-        {
-            **speed._asdict(),
-            "bytes_per_second": rate,
-            "share_of_bandwidth": share,
-            "peak_memory": peak,
-            "threads": torch.get_num_threads(),
-            "rounds": options.rounds,
-            "load": [before, after],
-        }
     )

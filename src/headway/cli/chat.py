@@ -137,11 +137,11 @@ def _unpacked(loaded: Loaded) -> Transformer:
     from headway.nn.packed import PackedEmbedding, PackedLinear
     from headway.saving import plain_weights
 
-    packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
-    if library() is not None and next(loaded.model.parameters()).device.type == "cpu":
-        return loaded.model
-    need = 4 * sum(module.shape[0] * module.shape[1] for module in packed)
     device = next(loaded.model.parameters()).device
+    if library() is not None and device.type == "cpu":
+        return loaded.model
+    packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    need = 4 * sum(module.shape[0] * module.shape[1] for module in packed)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory()[1]
     if 0 < free < 1.25 * need:  # zero: nobody knows
         note(f"note: the weights stay quantized, which is slow: as float32 they take {size(need)} of {size(free)} free")

@@ -131,7 +131,8 @@ class Cache:
         self.encoder_real: Tensor | None = None
         self.encoder_hidden: Tensor | None = None
         self.last_only = False
-        self.fused: object | None = None  # what nn/fused.py keeps from call to call
+        self.fused: object | None = None  # what nn/fused.py keeps from call to call, and what it was made for
+        self.fused_for: tuple[int, ...] | None = None
 
     def next_positions(self, T: int, real: Tensor | None) -> Tensor:
         """Positions (B|1, T) of the next T tokens, counting only real ones."""

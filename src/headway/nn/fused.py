@@ -7,6 +7,7 @@ is then a single call. Where anything has none, `Fused.build` says so by None, a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,8 @@ class Fused:
         self._qkv = self._buffers.floats(rows, (heads.N + 2 * heads.K) * heads.H)
         self._mixed = self._buffers.floats(rows, heads.N * heads.H)
         self._where = {window: torch.empty(rows, 3, dtype=torch.long) for window in cache.groups}
+        for where in self._where.values():
+            where[:, 0] = torch.arange(rows) // (rows // len(cache.lengths))
         self._used = {window: ctypes.c_int64() for window in cache.groups}
         self._angles: dict[bool, Tensor] = {}
         self._room = max(slots.capacity for slots in cache.groups.values()) + 1
@@ -65,7 +68,6 @@ class Fused:
             )
         self._norm(stack.norm, self.x, out=self.x)
         self._program = Program(self._steps)
-        self.made_for = _made_for(cache, rows)
 
     @classmethod
     def build(cls, stack: Stack, cache: Cache, x_BTD: Tensor) -> Fused | None:
@@ -75,14 +77,12 @@ class Fused:
         B, T, _ = x_BTD.shape
         if x_BTD.requires_grad or any(slots.columns(T) is None for slots in cache.groups.values()):
             return None
-        known = cache.fused
-        if isinstance(known, cls) and known.made_for == _made_for(cache, B * T):
-            return known
-        try:
-            cache.fused = known = cls(stack, cache, B * T)
-        except UnfitError:
-            return None
-        return known
+        wanted = _made_for(cache, B * T)
+        if cache.fused_for != wanted:
+            cache.fused, cache.fused_for = None, wanted  # that a stack is unfit is kept as well
+            with contextlib.suppress(UnfitError):
+                cache.fused = cls(stack, cache, B * T)
+        return cache.fused if isinstance(cache.fused, cls) else None
 
     def run(
         self, x_BTD: Tensor, positions: Tensor, cache: Cache, angles: tuple[Tensor | None, Tensor | None]
@@ -92,10 +92,9 @@ class Fused:
         self.x.copy_(x_BTD.reshape(self.rows, -1))
         for window, slots in cache.groups.items():
             where = self._where[window].view(B, T, 3)
-            where[..., 0], where[..., 1] = torch.arange(B)[:, None], positions
             columns = slots.columns(T)
             assert columns is not None
-            where[..., 2] = columns
+            where[..., 1], where[..., 2] = positions, columns
             self._used[window].value = slots.used
         for is_window, kept in self._angles.items():
             given = angles[is_window]

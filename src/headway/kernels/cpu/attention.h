@@ -28,11 +28,8 @@ FN uint16_t float_to_half(float value) {
 
 // One head's H numbers normalised in place.
 TARGET static void norm_head(float *x, i64 H, i64 normalization, const float *weight, const float *bias, float eps) {
-    float mean = 0, square = 0;
-    for (i64 i = 0; normalization == LAYER && i < H; ++i) mean += x[i] / (float)H;
-    for (i64 i = 0; i < H; ++i) square += (x[i] - mean) * (x[i] - mean);
-    const float factor = 1.0f / __builtin_sqrtf(square / (float)H + eps);
-    for (i64 i = 0; i < H; ++i) x[i] = (x[i] - mean) * factor * weight[i];
+    const Statistics of = statistics_of(x, H, normalization, eps);
+    for (i64 i = 0; i < H; ++i) x[i] = (x[i] - of.mean) * of.factor * weight[i];
     for (i64 i = 0; bias && i < H; ++i) x[i] += bias[i];
 }
 
@@ -71,10 +68,6 @@ TARGET static void heads(const Heads &h, i64 begin, i64 end) {
             keep(is_v ? c.values : c.keys, at, x, h.H, c.half);
         }
     }
-}
-
-FN Floats numbers_at(const void *from, i64 at, i64 half) {
-    return half ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
 }
 
 FN float number_at(const void *from, i64 at, i64 half) {

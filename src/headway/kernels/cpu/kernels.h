@@ -8,9 +8,7 @@ struct Block {  // one number for each of them
 
 FN Block numbers(const void *from, i64 at, i64 half) {
     Block out;
-    for (int p = 0; p < PARTS; ++p)
-        out.parts[p] = half ? load_halves((const uint16_t *)from + at + p * LANES)
-                            : load<Floats>((const float *)from + at + p * LANES);
+    for (int p = 0; p < PARTS; ++p) out.parts[p] = numbers_at(from, at + p * LANES, half);
     return out;
 }
 
@@ -116,9 +114,11 @@ FN Floats activate(Floats x, i64 activation) {
     }
 }
 
+FN i64 width_of(const Linear &l) { return l.gated ? l.weight.rows / 2 : l.weight.rows; }
+
 // Items: 16 columns of the output.
 TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
-    const i64 width = l.gated ? l.weight.rows / 2 : l.weight.rows, planes = l.in.planes, AT_ONCE = 4;
+    const i64 width = width_of(l), planes = l.in.planes, AT_ONCE = 4;
     for (i64 item = begin; item < end; ++item) {
         for (i64 t = 0; t < T; t += AT_ONCE) {
             const int count = (int)(T - t < AT_ONCE ? T - t : AT_ONCE);
@@ -174,6 +174,20 @@ TARGET static float code_chunk(const float *x, i64 n, i64 chunk, i64 planes, int
     return (inverse > 0 ? top / 127.0f : 0.0f) + bad;
 }
 
+// What normalising takes off each of n numbers, and what it multiplies them by.
+struct Statistics {
+    float mean, factor;
+};
+
+TARGET static Statistics statistics_of(const float *x, i64 n, i64 normalization, float eps) {
+    if (normalization == PLAIN) return {0.0f, 1.0f};
+    float mean = 0, square = 0;
+    for (i64 i = 0; normalization == LAYER && i < n; ++i) mean += x[i];
+    mean /= (float)n;
+    for (i64 i = 0; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
+    return {mean, 1.0f / __builtin_sqrtf(square / (float)n + eps)};
+}
+
 // Items: rows.
 TARGET static void norm(const Norm &n, i64 begin, i64 end) {
     const i64 D = n.columns, chunk = n.codes.codes ? n.codes.chunk : 32, chunks = (D + chunk - 1) / chunk;
@@ -181,19 +195,11 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
     for (i64 t = begin; t < end; ++t) {
         const float *x = n.in + t * n.in_stride;
         float *out = n.out ? n.out + t * n.out_stride : nullptr;
-        float mean = 0, factor = 1, square = 0;
-        if (n.normalization == LAYER) {
-            for (i64 i = 0; i < D; ++i) mean += x[i];
-            mean /= (float)D;
-        }
-        if (n.normalization != PLAIN) {
-            for (i64 i = 0; i < D; ++i) square += (x[i] - mean) * (x[i] - mean);
-            factor = 1.0f / __builtin_sqrtf(square / (float)D + n.eps);
-        }
+        const Statistics of = statistics_of(x, D, n.normalization, n.eps);
         for (i64 c = 0; c < chunks; ++c) {
             const i64 at = c * chunk, rest = D - at, count = rest < chunk ? rest : chunk;
             float y[32];
-            for (i64 i = 0; i < count; ++i) y[i] = (x[at + i] - mean) * factor;
+            for (i64 i = 0; i < count; ++i) y[i] = (x[at + i] - of.mean) * of.factor;
             for (i64 i = 0; n.weight && i < count; ++i) y[i] *= n.weight[at + i];
             for (i64 i = 0; n.bias && i < count; ++i) y[i] += n.bias[at + i];
             for (i64 i = 0; n.scale && i < count; ++i) y[i] *= n.scale[at + i];
@@ -216,8 +222,7 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
 TARGET static i64 item_count(const Step &step, i64 T) {
     if (step.kind == NORM || step.kind == HEADS) return T;
     if (step.kind == ATTEND) return (T + QUERIES - 1) / QUERIES * ((const Attend *)step.what)->N;
-    const Linear &l = *(const Linear *)step.what;
-    return ((l.gated ? l.weight.rows / 2 : l.weight.rows) + ROWS - 1) / ROWS;
+    return (width_of(*(const Linear *)step.what) + ROWS - 1) / ROWS;
 }
 
 TARGET static void run_step(const Step &step, i64 T, i64 begin, i64 end, i64 thread) {
@@ -228,3 +233,8 @@ TARGET static void run_step(const Step &step, i64 T, i64 begin, i64 end, i64 thr
     case ATTEND: return attend(*(const Attend *)step.what, T, begin, end, thread);
     }
 }
+
+#undef LEVEL
+#undef TARGET
+#undef FN
+#undef VECTOR

@@ -55,6 +55,11 @@ FN Floats load_halves(const uint16_t *from) {
 #endif
 }
 
+// LANES numbers from place `at` of floats or half floats.
+FN Floats numbers_at(const void *from, i64 at, i64 half) {
+    return half ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
+}
+
 // The running sum of LANES rows over quadruples of codes times activations. BITS says how large codes may be: 4 (below
 // 16), 7 (below 128) or 8. SHIFT is what `total` has taken off each code.
 //

@@ -20,10 +20,6 @@ namespace portable {
 #include "lanes.h"
 #include "kernels.h"
 }
-#undef LEVEL
-#undef TARGET
-#undef FN
-#undef VECTOR
 
 #if HEADWAY_X86
 #define LEVEL 2
@@ -32,10 +28,6 @@ namespace avx2 {
 #include "lanes.h"
 #include "kernels.h"
 }
-#undef LEVEL
-#undef TARGET
-#undef FN
-#undef VECTOR
 
 #define LEVEL 3
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
@@ -43,10 +35,6 @@ namespace avx512 {
 #include "lanes.h"
 #include "kernels.h"
 }
-#undef LEVEL
-#undef TARGET
-#undef FN
-#undef VECTOR
 
 #define LEVEL 4
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
@@ -54,10 +42,6 @@ namespace vnni {
 #include "lanes.h"
 #include "kernels.h"
 }
-#undef LEVEL
-#undef TARGET
-#undef FN
-#undef VECTOR
 #endif
 
 struct Kernels {
@@ -127,10 +111,14 @@ class Crowding {
 
     void judge(i64 late, i64 steps, int threads, i64 T) {
         if (threads == 1 || T > FEW) return;
-        const i64 before = penalty.load(std::memory_order_relaxed);
-        const i64 now = late * 16 < steps ? before / 2 : before * 2 < LEAST ? LEAST : before * 2 > MOST ? MOST : before * 2;
-        penalty.store(now, std::memory_order_relaxed);
-        if (late * 16 >= steps) alone.store(now, std::memory_order_relaxed);
+        i64 runs = penalty.load(std::memory_order_relaxed);
+        if (late * 16 < steps) {
+            penalty.store(runs / 2, std::memory_order_relaxed);
+            return;
+        }
+        runs = runs * 2 < LEAST ? LEAST : runs * 2 > MOST ? MOST : runs * 2;
+        penalty.store(runs, std::memory_order_relaxed);
+        alone.store(runs, std::memory_order_relaxed);
     }
 };
 

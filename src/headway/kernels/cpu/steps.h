@@ -1,5 +1,5 @@
 // What a forward pass is made of when it runs natively: steps over buffers that stay where they are. Python builds them
-// (kernels/cpu/__init__.py mirrors every struct); this library only reads them.
+// (kernels/steps.py mirrors every struct); this library only reads them.
 //
 // Shapes: T rows (tokens of all sequences), D columns, N query heads, K key-value heads, H their size, S cache columns.
 #pragma once
