@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from headway.cli.opening import opened
 from headway.cli.options import Common, by_name, option
-from headway.cli.output import Printer, duration, note, size
+from headway.cli.output import Printer, duration, size
 from headway.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -42,17 +43,13 @@ def run(options: Options) -> None:
 
     import torch
 
-    from headway import api, machine
+    from headway import machine
     from headway.cli.display import Display
     from headway.generation.prompts import check_can_generate
     from headway.generation.speed import measure
     from headway.launch import Phase
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=options.dtype, device=options.device)
-    for line in loaded.notes:
-        note(f"note: {line}")
+    loaded = opened(path, options)
     check_can_generate(loaded.config)
     limits = machine.probe(options.device)
     before = os.getloadavg()[0]

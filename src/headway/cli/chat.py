@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from headway import files
+from headway.cli.opening import opened
 from headway.cli.options import Common, by_name, option
 from headway.cli.output import Printer, note, size
 from headway.errors import ConfigError, HeadwayError, InputError, MachineError, nearest
@@ -91,19 +92,13 @@ def _open(path: str, options: Options) -> Conversation:
     if options.save is not None:
         files.check_writable(options.save.absolute().parent)
         _check_free(options.save, {options.load})
-    import torch
 
-    from headway import api
     from headway.generation.conversation import Conversation
     from headway.generation.prompts import check_can_generate
     from headway.loading import dtype_of
 
     dtype_of(options.dtype)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=options.dtype, force_tokenizer=options.force_tokenizer, device=options.device)
-    for line in loaded.notes:
-        note(f"note: {line}")
+    loaded = opened(path, options, force_tokenizer=options.force_tokenizer)
     check_can_generate(loaded.config)
     template = _template(loaded, options.template)
     model = _unpacked(loaded) if options.dtype is None else loaded.model

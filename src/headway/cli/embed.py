@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from headway.cli.opening import opened
 from headway.cli.options import Common, by_name, option
-from headway.cli.output import Printer, duration, note
+from headway.cli.output import Printer, duration
 from headway.errors import ConfigError, InputError
 
 
@@ -51,17 +52,11 @@ def run(options: Options) -> None:
     texts = read_texts(options)
     import time
 
-    import torch
-
     from headway import api
     from headway.cli.display import Display
     from headway.launch import Phase
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=options.dtype, device=options.device, tower=options.tower)
-    for line in loaded.notes:
-        note(f"note: {line}")
+    loaded = opened(path, options, tower=options.tower)
     began = time.perf_counter()
     with Display() as display:
         vectors = api.embed(loaded, texts, progress=lambda done: display(Phase("embed", done, len(texts))))

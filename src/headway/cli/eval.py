@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from headway.cli.opening import opened
 from headway.cli.options import Common, by_name, option
 from headway.cli.output import Printer, duration, note
 from headway.errors import ConfigError, nearest
@@ -52,15 +53,7 @@ def run(options: Options) -> None:
         raise ConfigError("data", "missing", "a file or folder of text, rows, images or sound", "--data FILE")
     import time
 
-    import torch
-
-    from headway import api
-
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=options.dtype, force_tokenizer=options.force_tokenizer, device=options.device)
-    for line in loaded.notes:
-        note(f"note: {line}")
+    loaded = opened(path, options, force_tokenizer=options.force_tokenizer)
     began, printer = time.perf_counter(), Printer(json=options.json)
     task = options.task or ("perplexity" if _writes_text(loaded) else "labelled")
     out = {"perplexity": _perplexity, "labelled": _labelled}[task](options, loaded, options.data, printer)

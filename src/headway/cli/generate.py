@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headway.cli.opening import opened
 from headway.cli.options import Common, by_name
-from headway.cli.output import Printer, note
+from headway.cli.output import Printer
 from headway.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -94,15 +95,10 @@ def run(options: Options) -> None:
     from headway.generation import EscapeFilter, GenerationOptions
 
     GenerationOptions(**options.chosen)  # a wrong value is reported before the model is loaded
-    import torch
 
     from headway import api
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    loaded = api.load(path, dtype=options.dtype, force_tokenizer=options.force_tokenizer, device=options.device)
-    for line in loaded.notes:
-        note(f"note: {line}")
+    loaded = opened(path, options, force_tokenizer=options.force_tokenizer)
     if options.fill_mask is not None:
         return _fill(printer, loaded, prompts, options.fill_mask)
     is_streamed = options.stream and len(prompts) * (options.n or 1) == 1 and (options.beams or 1) == 1
