@@ -256,7 +256,7 @@ def pretraining(options: argparse.Namespace) -> dict[str, Any]:
     path, test, train_rows, test_rows = written("trec", questions(), options.folder, "text", 500)
     text = options.folder / "wikitext.txt"
     text.write_bytes(wikitext("train"))
-    first, spent = fit(
+    _, spent = fit(
         options.folder / "masked",
         model={"depth": options.depth or 3},
         objective="masked-lm",
@@ -268,7 +268,7 @@ def pretraining(options: argparse.Namespace) -> dict[str, Any]:
     tuning = {"seed": options.seed, "epochs": 10.0, "lr": 5e-4, "batch_size": 32}
     begun = {
         "pre-trained": {"base": str(options.folder / "masked")},
-        "from scratch": {"model": {"depth": options.depth or 3}, "tokenizer": {"path": str(first.path)}},
+        "from scratch": {"model": {"depth": options.depth or 3}, "tokenizer": {"path": str(options.folder / "masked")}},
     }
     out: dict[str, Any] = {"examples": [len(train_rows), len(test_rows)], "seconds of pre-training": spent}
     for name, fields in begun.items():
