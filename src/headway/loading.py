@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from headway.checkpoints.folder import (
 )
 from headway.checkpoints.gguf import MAGIC, read_gguf
 from headway.checkpoints.gguf_model import GgufModel
+from headway.checkpoints.packed import PACKED, joined
 from headway.checkpoints.shards import SHARED_HASH, read_group
 from headway.checkpoints.tensors import check_finite, tensor_hash
 from headway.checkpoints.towers import TOWERS, open_tower
@@ -39,6 +40,7 @@ from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
 from headway.families._preset import architecture_for
 from headway.nn import Transformer
+from headway.nn.packed import Packed, unpacked
 from headway.run_config import load_run
 from headway.strict import strict_json
 from headway.text import Tokenizer
@@ -54,7 +56,7 @@ class Loaded:
         tokenizer: None where the folder has none, as for vision models.
         path: where it lies. form: `run`, `hf` or `gguf`. family: its model_type, empty for a run of ours.
         architecture: its class in transformers. raw: the published config. unread: tensors nobody reads here.
-        step: updates done, None for published models.
+        step: updates done, None for published models. receipt: what a quantized model measured before and after.
         notes: what the reader should know, such as a damaged newer checkpoint that was passed over.
     """
 
@@ -66,6 +68,7 @@ class Loaded:
     family: str = ""
     architecture: str = ""
     step: int | None = None
+    receipt: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
     unread: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
@@ -121,10 +124,7 @@ def load(
     _check_device(device)
     form = form_of(place)
     if form == "run":
-        loaded = _load_run(place, force_tokenizer=force_tokenizer)
-        if dtype is not None:
-            loaded.model.to(dtype)
-            loaded = replace(loaded, known_hash="")
+        loaded = _load_run(place, dtype, force_tokenizer=force_tokenizer)
     elif form == "hf":
         loaded = _load_folder(place, dtype, tower, allow_nonfinite=allow_nonfinite)
     else:
@@ -135,7 +135,7 @@ def load(
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-STORED = "stored"
+STORED, RECEIPT = "stored", "receipt"
 
 
 def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
@@ -214,7 +214,7 @@ def read_model_config(run: Path) -> ModelConfig:
         raise InputError(f"{path}, {error.where}", error.found, error.expected) from None
 
 
-def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
+def _load_run(place: Path, dtype: torch.dtype | None, *, force_tokenizer: bool) -> Loaded:
     run, folder, manifest, notes = find_checkpoint(place)
     config = read_model_config(run)
     tokenizer = None
@@ -223,8 +223,11 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
         check_tokenizer(run, config, tokenizer, manifest, force=force_tokenizer)
     # On the meta device first: a config that asks for more than the file holds must not take memory.
     blank = Transformer.blank(config)
-    weights = dict(read_group(folder, WEIGHTS, ties=blank.ties))
+    said = manifest.meta.get(PACKED, {})
+    weights = joined(said, read_group(folder, WEIGHTS, ties=blank.ties), str(folder / MANIFEST))
     check_weights(blank, weights, folder / WEIGHTS, run / MODEL)
+    if dtype is not None:
+        weights = unpacked(weights, dtype)
     family, architecture, raw = _origin(manifest, config)
     return Loaded(
         Transformer.of(config, weights),
@@ -236,7 +239,8 @@ def _load_run(place: Path, *, force_tokenizer: bool) -> Loaded:
         step=manifest.step,
         notes=notes,
         raw=raw,
-        known_hash="" if manifest.weights.startswith(SHARED_HASH) else manifest.weights,
+        receipt=manifest.meta.get(RECEIPT, {}),  # type: ignore[arg-type]  # shown as it is
+        known_hash="" if dtype is not None or manifest.weights.startswith(SHARED_HASH) else manifest.weights,
     )
 
 
@@ -274,7 +278,7 @@ def check_rows(tokenizer: Tokenizer, config: ModelConfig, where: str, model: str
         raise InputError(where, f"{tokenizer.vocab_size} token ids", expected, fix)
 
 
-def check_weights(model: Transformer, weights: Mapping[str, Tensor], file: Path, config: Path) -> None:
+def check_weights(model: Transformer, weights: Mapping[str, Tensor | Packed], file: Path, config: Path) -> None:
     """Compare names and shapes with what the config asks for.
 
     Raises InputError with the first misshaped tensor and both shapes, or counts and names of missing and surplus ones.

@@ -17,12 +17,13 @@ from headway import files
 from headway.checkpoints.folder import MODEL, WEIGHTS, save_checkpoint
 from headway.checkpoints.gguf_model import FORMATS, gguf_chunks, gguf_metadata
 from headway.checkpoints.hub_folder import CONFIG, choose_family, folder_files, write_folder
+from headway.checkpoints.packed import PACKED, forms
 from headway.config import ModelConfig, PooledEmbedding
 from headway.errors import ConfigError
 from headway.families import Family, families
 from headway.families._gguf import dialect
 from headway.families._translate import plan, write_config
-from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, PREPROCESSOR, Loaded
+from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, PREPROCESSOR, RECEIPT, Loaded
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
@@ -54,6 +55,8 @@ def save(
     if form not in FORMS:
         raise ConfigError("--to", repr(form), ", ".join(FORMS))
     files.check_target(place, overwrite)
+    if form == "headway" and dtype is None:
+        return _save_run(loaded, loaded.model.state_dict(), place, None)
     weights = plain_weights(loaded)
     if form == "gguf":
         return _save_gguf(loaded, weights, place, dtype, family)
@@ -209,6 +212,7 @@ def _stored(weights: Mapping[str, Tensor]) -> str:
 
 
 def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype: torch.dtype | None) -> Path:
+    """Weights as they are, in codes or cast."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # by their place: what is tied is stored once
     for tensor in weights.values():
         is_kept = dtype is None or not tensor.is_floating_point()
@@ -220,6 +224,8 @@ def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype:
         "raw": dict(loaded.raw),
         "identity": {"tokenizer": tokenizer.hash if tokenizer is not None else None},
     }
+    if dtype is None:
+        meta |= {PACKED: forms(loaded.model), RECEIPT: dict(loaded.receipt)}
     with files.replacing_folder(place, (MODEL, CONFIG)) as folder:
         if tokenizer is not None:
             tokenizer.save(folder)

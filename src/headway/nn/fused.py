@@ -186,7 +186,7 @@ class Fused:
             if key not in self._codes:
                 self._codes[key] = self._buffers.codes(self.rows, source.shape[1], chunk, packed.planes())
             out[chunk] = self._codes[key]
-            self._norm(norm, source, codes=out[chunk])
+            self._norm(norm, source, codes=out[chunk], scale=_leaf(leaf).packed.input_scale)
         return out
 
     def _norm(

@@ -8,7 +8,7 @@ the product, and the answer is that of the dequantized model to the last bit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,11 +49,13 @@ def planes() -> int:
 class Packed(NamedTuple):
     """A matrix in codes: (name of the format, codes) of each group of rows, from top to bottom, and its shape.
 
-    Matrices that were joined here may have stood in different formats in the file, hence groups.
+    Matrices that were joined here may have stood in different formats in the file, hence groups. `input_scale`
+    (columns) multiplies inputs before they are put in codes; the matrix is codes times it.
     """
 
     parts: tuple[tuple[str, CodedMatrix], ...]
     shape: tuple[int, int]
+    input_scale: Tensor | None = None
 
     @classmethod
     def of_blocks(cls, parts: tuple[tuple[str, Tensor], ...]) -> Packed:
@@ -63,9 +65,9 @@ class Packed(NamedTuple):
 
     def unpack(self) -> Tensor:
         """The matrix in float32, (rows, columns)."""
-        if len(self.parts) == 1:
-            return self.parts[0][1].weights()
-        return torch.cat([part.weights() for _, part in self.parts])
+        parts = [part.weights() for _, part in self.parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole if self.input_scale is None else whole * self.input_scale
 
 
 class _PackedModule(nn.Module):
@@ -76,6 +78,7 @@ class _PackedModule(nn.Module):
         self.kinds, self.shape = [kind for kind, _ in packed.parts], packed.shape
         self._forms = [part._replace(codes=_NOTHING, scales=_NOTHING, minima=None) for _, part in packed.parts]
         self._dtypes = [part.scales.dtype for _, part in packed.parts]
+        self.register_buffer("input_scale", packed.input_scale)
         for number, (_, part) in enumerate(packed.parts):
             for name in _TENSORS:
                 tensor = getattr(part, name)
@@ -92,7 +95,7 @@ class _PackedModule(nn.Module):
             assert codes is not None and scales is not None
             low = None if minima is None else minima.view(dtype)
             parts.append((kind, form._replace(codes=codes, scales=scales.view(dtype), minima=low)))
-        return Packed(tuple(parts), self.shape)
+        return Packed(tuple(parts), self.shape, self._buffers["input_scale"])
 
     def extra_repr(self) -> str:
         """Shape and formats."""
@@ -116,6 +119,8 @@ class PackedLinear(_PackedModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if not _planes or not usable(x) or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, self.packed.unpack().to(x.dtype), bias)
+        scale = self._buffers["input_scale"]
+        x = x if scale is None else x * scale
         parts = [part for _, part in self.packed.parts]
         biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
         found = [steps.linear(x, part, some, _planes) for part, some in zip(parts, biases, strict=True)]
@@ -138,3 +143,13 @@ def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:
     old = parent.get_submodule(leaf)
     new = PackedLinear(packed, old.bias) if isinstance(old, nn.Linear) else PackedEmbedding(packed)
     setattr(parent, leaf, new)
+
+
+def unpacked(weights: Mapping[str, Tensor | Packed], dtype: torch.dtype) -> dict[str, Tensor | Packed]:
+    """Every weight in floats of this dtype, what is tied still tied; integers as they are."""
+    done: dict[int, Tensor] = {}
+    for weight in weights.values():
+        if id(weight) not in done:
+            plain = weight.unpack() if isinstance(weight, Packed) else weight
+            done[id(weight)] = plain.to(dtype) if plain.is_floating_point() else plain
+    return {name: done[id(weight)] for name, weight in weights.items()}

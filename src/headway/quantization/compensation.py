@@ -53,7 +53,8 @@ def _factor(moments: Tensor) -> Tensor:
     mean = H.diagonal().mean().clamp_min(1e-30)
     H = H + torch.eye(len(H), dtype=H.dtype) * DAMPING * mean
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def _refitted(matrix: Tensor, codes: Tensor, moments: Tensor, grid: Grid, steps: Steps) -> Steps:
@@ -73,7 +74,8 @@ def _refitted(matrix: Tensor, codes: Tensor, moments: Tensor, grid: Grid, steps:
         spread = torch.einsum("rgn,gnkm->rgkm", some, H.view(groups, grid.group, groups, grid.group))
         system = torch.einsum("rgkm,rkm->rgk", spread, some)
         aim = (some * wanted[begin : begin + 32].view(len(some), groups, -1)).sum(-1)
-        system = system + torch.eye(groups, dtype=H.dtype) * system.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * 1e-6
+        level = system.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        system = system + torch.eye(groups, dtype=H.dtype) * level * 1e-6
         out[begin : begin + 32] = torch.linalg.solve(system, aim).float()
     found = Steps.of(out, None if grid.symmetric else steps.low, grid)
 

@@ -22,7 +22,7 @@ _AT_ONCE = 1 << 20  # weights
 
 
 class Grid(NamedTuple):
-    """The values that weights may take: `bits` (4 or 8), one scale for `group` columns of a row, with a minimum or not."""
+    """The values that weights may take: `bits` (4 or 8), one scale for `group` columns, with a minimum or not."""
 
     bits: int
     group: int
@@ -135,7 +135,7 @@ def steps_of(matrix: Tensor, grid: Grid, *, searched: bool, importance: Tensor |
         counts = F.pad(importance, (0, -matrix.shape[1] % grid.group)).view(1, -1, grid.group)
     rows = max(_AT_ONCE // matrix.shape[1], 1)
     parts = []
-    for some in matrix.float().split(rows):
+    for some in torch.split(matrix.float(), rows):
         groups = grouped(some, grid.group)
         parts.append(searched_steps(groups, grid, counts) if searched else plain_steps(groups, grid))
     return Steps(*(torch.cat(some) for some in zip(*parts, strict=True)))
@@ -152,7 +152,7 @@ def round_to(matrix: Tensor, grid: Grid, steps: Steps) -> Codes:
     rows = max(_AT_ONCE // matrix.shape[1], 1)
     parts = [
         Steps(scale, low).codes(grouped(some, grid.group), grid).flatten(1)[:, : matrix.shape[1]].to(torch.uint8)
-        for some, scale, low in zip(*(t.float().split(rows) for t in (matrix, *steps)), strict=True)
+        for some, scale, low in zip(*(torch.split(t.float(), rows) for t in (matrix, *steps)), strict=True)
     ]
     return as_codes(torch.cat(parts), steps, grid)
 

@@ -3,7 +3,7 @@
     W x = (W diag(s)) (x / s)
 
 AWQ (arXiv:2306.00978) makes the columns larger that meet large inputs, so that their relative error gets smaller.
-SmoothQuant (arXiv:2211.10438) shares the range of outliers between inputs and weights, for products with both in 8 bits.
+SmoothQuant (arXiv:2211.10438) shares the range of outliers between inputs and weights, for products of both in 8 bits.
 """
 
 from __future__ import annotations
