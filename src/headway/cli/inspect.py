@@ -51,6 +51,7 @@ def run(options: Options) -> None:
     digest = loaded.weights_sha256 if loaded else None
     tensors = tensors_of(loaded) if loaded else {}
     where = runtimes_of(loaded) if loaded else {}
+    receipt = dict(loaded.receipt) if loaded else {}
     printer.say(f"{config.kind} ({family}), {total:,} parameters{', weights sha256 ' + digest if digest else ''}")
     for line in found.notes:
         printer.say(line)
@@ -63,6 +64,11 @@ def run(options: Options) -> None:
     printer.table((name, letters, " x ".join(map(str, shape)), what) for name, letters, shape, what in rows)
     printer.say(f"\nCost at {length} tokens, float32:")
     printer.table(((name.replace("_", " "), size(value, unit)) for name, (value, unit) in costs.items()), right=True)
+    if receipt:
+        from headway.quantization.receipt import Receipt
+
+        printer.say(f"\nQuantized to {receipt['scheme']} by {receipt['method']}, measured on {receipt['data']}:")
+        printer.table(Receipt.of(receipt).lines())
     if where:
         printer.say("\nLoads in:")
         printer.table((name, f"no: {reason}" if reason else "yes") for name, reason in where.items())
@@ -77,6 +83,7 @@ def run(options: Options) -> None:
             "shapes": {name: list(shape) for name, _, shape, _ in rows},
             "cost": {name: value for name, (value, _) in costs.items()},
             "runtimes": where,
+            "receipt": receipt,
             "config": config.model_dump(mode="json"),
         }
     )

@@ -26,6 +26,7 @@ VERBS = {
     "chat": "Talk with a model in the terminal.",
     "embed": "Turn texts into vectors.",
     "eval": "Measure a model, each figure with its interval.",
+    "quantize": "Write a model in INT8 or INT4, with a receipt of what that cost.",
     "convert": "Write a model in another form: Hugging Face, GGUF, Headway.",
     "verify": "Prove that two forms of a model answer the same.",
     "fetch": "Get a packaged model, or one from the hub.",

@@ -74,7 +74,7 @@ def _refitted(matrix: Tensor, codes: Tensor, moments: Tensor, grid: Grid, steps:
         spread = torch.einsum("rgn,gnkm->rgkm", some, H.view(groups, grid.group, groups, grid.group))
         system = torch.einsum("rgkm,rkm->rgk", spread, some)
         aim = (some * wanted[begin : begin + 32].view(len(some), groups, -1)).sum(-1)
-        level = system.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        level = system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-12)[:, None, None]
         system = system + torch.eye(groups, dtype=H.dtype) * level * 1e-6
         out[begin : begin + 32] = torch.linalg.solve(system, aim).float()
     found = Steps.of(out, None if grid.symmetric else steps.low, grid)

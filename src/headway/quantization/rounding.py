@@ -130,9 +130,10 @@ def grouped(matrix: Tensor, group: int) -> Tensor:
 
 def steps_of(matrix: Tensor, grid: Grid, *, searched: bool, importance: Tensor | None = None) -> Steps:
     """Scale and low for every group of a matrix (R, C); importance (C,) of its columns."""
-    counts = None
-    if importance is not None:
-        counts = F.pad(importance, (0, -matrix.shape[1] % grid.group)).view(1, -1, grid.group)
+    missing, counts = -matrix.shape[1] % grid.group, importance
+    if importance is None and missing:  # what fills the last group up does not count
+        counts = torch.ones(matrix.shape[1])
+    counts = None if counts is None else F.pad(counts, (0, missing)).view(1, -1, grid.group)
     rows = max(_AT_ONCE // matrix.shape[1], 1)
     parts = []
     for some in torch.split(matrix.float(), rows):

@@ -87,17 +87,16 @@ def quantized(
         raise ConfigError("--method", repr(method)[:80], ", ".join(METHODS))
     chosen = roles(model)
     grids = {name: getattr(scheme, role) for name, role in chosen.items()} if isinstance(scheme, Scheme) else scheme
-    weights: dict[str, Tensor | Packed] = dict(model.state_dict())
     done: dict[int, Packed] = {}  # by the place of the weights: what is tied stays tied
     for number, name in enumerate(chosen, 1):
         matrix, grid = model.get_submodule(name).weight, grids[name]
         assert isinstance(matrix, Tensor)
-        if grid is not None:
-            if matrix.data_ptr() not in done:
-                check_matrix(matrix, f"{name}.weight")
-                done[matrix.data_ptr()] = in_codes(matrix.detach().float(), grid, method, (moments or {}).get(name))
-            weights[f"{name}.weight"] = done[matrix.data_ptr()]
+        if grid is not None and matrix.data_ptr() not in done:
+            check_matrix(matrix, f"{name}.weight")
+            done[matrix.data_ptr()] = in_codes(matrix.detach().float(), grid, method, (moments or {}).get(name))
         progress(number, len(chosen))
+    state = model.state_dict()  # a table stands in it under each of its names
+    weights: dict[str, Tensor | Packed] = {name: done.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
     return Transformer.of(model.config, weights)
 
 

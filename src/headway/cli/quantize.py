@@ -1,0 +1,165 @@
+"""`headway quantize PATH DST`: a model in INT8 or INT4, and a receipt of what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from headway.cli.opening import opened
+from headway.cli.options import Common, by_name, option
+from headway.cli.output import Printer, note, size
+from headway.errors import ConfigError, DivergedError, InputError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from headway.api import Loaded
+    from headway.cli.display import Display
+    from headway.nn import Transformer
+    from headway.quantization.receipt import Receipt
+    from headway.quantization.walk import Scheme
+
+_OWN_TEXT = "Python's documentation topics, which lie on every machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What `headway quantize` takes: a model and where the smaller one goes."""
+
+    to: Annotated[str, option(help="int8 or int4.")] = "int8"
+    group: Annotated[int, option(min=32, help="Columns that share a scale: 32, 64 or 128.")] = 32
+    asymmetric: Annotated[bool, option("--asymmetric", help="A minimum beside each scale, for INT4.")] = False
+    method: Annotated[str | None, option(help="round, search, awq, smooth or gptq [gptq for int4, round].")] = None
+    data: Annotated[str | None, option(help="Text to calibrate and to measure on [Python's documentation].")] = None
+    calibration_tokens: Annotated[int, option(min=1, help="Tokens that calibration reads.")] = 16384
+    measured_tokens: Annotated[int, option(min=2, help="Tokens that both models are measured on.")] = 8192
+    context: Annotated[int, option(min=2, help="Tokens of a window, at most the model's max_len.")] = 512
+    bound: Annotated[float, option(help="Nats a token, or 1 - cosine, above which nothing is kept.")] = 0.1
+    force: Annotated[bool, option("--force", help="Keep the file whatever it costs.")] = False
+    overwrite: Annotated[bool, option("--overwrite", help="Replace what stands at DST.")] = False
+    dtype: Annotated[str, option(help="stored, or float32 to round a model in codes a second time.")] = "stored"
+    threads: Annotated[int | None, option(min=1, help="Threads of the CPU [torch's choice].")] = None
+    device: Annotated[str, option(help="cpu.")] = "cpu"
+
+
+def run(options: Options) -> None:
+    """Load, calibrate, round, measure, and keep what is good enough."""
+    options = by_name(options, "headway quantize")
+    if len(options.paths) != 2:
+        found = f"{len(options.paths)} paths"
+        raise ConfigError("PATH", found, "a model and DST", "headway quantize PATH DST --to int4")
+    scheme, method = _scheme(options), options.method or ("gptq" if options.to == "int4" else "round")
+    from dataclasses import replace
+
+    from headway import files, saving
+    from headway.cli.display import Display
+    from headway.quantization.walk import METHODS, roles
+
+    if method not in METHODS:
+        raise ConfigError("--method", f"{method!r}{nearest(method, METHODS)}", ", ".join(METHODS))
+    target = Path(options.paths[1])
+    files.check_target(target, options.overwrite)
+    loaded = opened(options.paths[0], options)
+    roles(loaded.model)  # refuses a model in codes before any work
+    with Display() as display:
+        small, paid = _made(loaded, scheme, method, options, display)
+    printer = Printer(json=options.json)
+    printer.table([*paid.lines(), ("weights", size(paid.bytes_before), f"before, {size(paid.bytes_after)} after")])
+    _gate(paid, options)
+    saving.save(replace(loaded, model=small, receipt=paid.as_json()), target, "headway", overwrite=options.overwrite)
+    printer.say(f"{target}: {options.to} by {method}")
+    printer.result({"path": str(target), "to": options.to, **paid.as_json()})
+
+
+def _scheme(options: Options) -> Scheme:
+    from headway.quantization.walk import SCHEMES
+
+    if options.to not in SCHEMES:
+        raise ConfigError("--to", f"{options.to!r}{nearest(options.to, SCHEMES)}", ", ".join(SCHEMES))
+    if options.group not in (32, 64, 128):
+        raise ConfigError("--group", str(options.group), "32, 64 or 128")
+    scheme = SCHEMES[options.to]
+    if options.asymmetric and scheme.blocks.bits != 4:
+        raise ConfigError("--asymmetric", f"--to {options.to}", "--to int4")
+    return scheme._replace(blocks=scheme.blocks._replace(group=options.group, symmetric=not options.asymmetric))
+
+
+def _made(
+    loaded: Loaded, scheme: Scheme, method: str, options: Options, display: Display
+) -> tuple[Transformer, Receipt]:
+    from headway.launch import Phase
+    from headway.quantization.calibration import second_moments
+    from headway.quantization.receipt import compare, receipt
+    from headway.quantization.walk import CALIBRATED, linear_layers, quantized
+
+    first, last = _windows(loaded, options, needs_both=method in CALIBRATED)
+    moments = None
+    if method in CALIBRATED:
+        names = linear_layers(loaded.model)
+        moments = second_moments(
+            loaded.model, names, first, lambda done: display(Phase("calibration", done, len(first)))
+        )
+    small = quantized(
+        loaded.model, scheme, method, moments, lambda done, total: display(Phase("rounding", done, total))
+    )
+    figures = compare(loaded.model, small, last, lambda done: display(Phase("measuring", done, len(last))))
+    paid = receipt(loaded.model, small, figures, scheme=options.to, method=method, data=options.data or _OWN_TEXT)
+    return small, paid
+
+
+Windows = list[dict[str, "Tensor"]]
+
+
+def _windows(loaded: Loaded, options: Options, *, needs_both: bool) -> tuple[Windows, Windows]:
+    """Windows to calibrate on, from the beginning of the text, and to measure on, from its end."""
+    import torch
+
+    config = loaded.config
+    if not config.vocab_size:
+        raise ConfigError("PATH", f"a model of kind {config.kind}", "a model that reads text", "another PATH")
+    context = min(options.context, config.max_len)
+    wanted = options.calibration_tokens * needs_both + options.measured_tokens
+    ids: list[int] = []
+    for text in _texts(options.data):
+        ids += loaded.words.encode(text)
+        if options.data is None and len(ids) >= wanted:
+            break
+    whole = [ids[begin : begin + context] for begin in range(0, len(ids) - context + 1, context)]
+    some = -(-options.measured_tokens // context)
+    first, last = whole[:-some] if needs_both else [], whole[-some:]
+    if not last or (needs_both and not first):
+        found = f"{len(ids):,} tokens"
+        raise InputError(
+            options.data or "text", found, f"{2 * context:,} or more", f"--context {max(len(ids) // 4, 2)}"
+        )
+    if len(first) * context < options.calibration_tokens * needs_both:
+        note(f"note: {len(first) * context:,} tokens to calibrate on, {options.calibration_tokens:,} asked for")
+    first = first[: -(-options.calibration_tokens // context)]
+    more = {"decoder_input_ids": torch.tensor([[config.tokens.decoder_start or 0]])} if loaded.model.is_pair else {}
+    return tuple([{"input_ids": torch.tensor([window]), **more} for window in side] for side in (first, last))  # type: ignore[return-value]  # of two
+
+
+def _texts(data: str | None) -> Iterable[str]:
+    if data is not None:
+        from headway.data import documents
+
+        return (document.text for document in documents(data))
+    from pydoc_data.topics import topics
+
+    return (topics[name] for name in sorted(topics))
+
+
+def _gate(paid: Receipt, options: Options) -> None:
+    """Refuse what costs more than the bound. Raises DivergedError (exit 5)."""
+    figures: dict[str, Any] = paid.figures
+    cost = figures["loss_change"].value if "loss_change" in figures else 1 - figures["cosine"].value
+    if cost <= options.bound or options.force:
+        return
+    before = (
+        f", from {figures['loss_before'].value:.4f} to {figures['loss_after'].value:.4f}" if "kl" in figures else ""
+    )
+    fix = "--method gptq, --group 32, --to int8, or --force to keep it"
+    raise DivergedError("quality", f"{options.to} costs {cost:.4f}{before}", f"at most {options.bound}", fix)

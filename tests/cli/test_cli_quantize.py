@@ -1,0 +1,67 @@
+"""`headway quantize`: the receipt, the gate, and what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_loading import published
+
+import headway
+from headway.nn.packed import PackedLinear
+
+WORDS = ("--calibration-tokens", 64, "--measured-tokens", 64, "--context", 16)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return published(tmp_path / "in", "LlamaForCausalLM-tied")
+
+
+def test_the_receipt_goes_with_the_model(command, model: Path, tmp_path: Path) -> None:
+    said = command("quantize", model, tmp_path / "small", "--to", "int8", *WORDS, "--json")
+    assert said.code == 0
+    found, again = said.json, headway.load(tmp_path / "small")
+    assert again.receipt["figures"] == found["figures"] and again.receipt["method"] == "round"
+    assert any(isinstance(m, PackedLinear) for m in again.model.modules())
+    change = found["figures"]["loss_change"]
+    assert change["value"] == pytest.approx(
+        found["figures"]["loss_after"]["value"] - found["figures"]["loss_before"]["value"], abs=1e-9
+    )
+    assert change["low"] <= change["value"] <= change["high"] and abs(change["value"]) < 0.01
+    assert found["bytes_after"] < 0.5 * found["bytes_before"]
+    shown = command("inspect", tmp_path / "small", "--json").json
+    assert shown["receipt"]["figures"] == found["figures"]
+    assert "loss change" in command("inspect", tmp_path / "small").out
+
+
+@pytest.mark.fault("Q11")
+def test_what_costs_too_much_is_not_kept(command, model: Path, tmp_path: Path) -> None:
+    """Exit 5 with both figures and nothing on the disk; kept with --force."""
+    words = ("quantize", model, tmp_path / "small", "--to", "int4", "--method", "round", *WORDS, "--bound", -1)
+    said = command(*words)
+    assert said.code == 5 and "quality: int4 costs" in said.err and "--force" in said.err
+    assert not (tmp_path / "small").exists()
+    assert command(*words, "--force").code == 0 and (tmp_path / "small").exists()
+
+
+@pytest.mark.fault("Q10")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--to", "int3"), "int4"),
+        (("--method", "gtpq"), "did you mean 'gptq'"),
+        (("--group", 48), "32, 64 or 128"),
+        (("--asymmetric",), "--to int4"),
+    ],
+)
+def test_what_it_does_not_know(command, model: Path, tmp_path: Path, words: tuple[object, ...], told: str) -> None:
+    said = command("quantize", model, tmp_path / "small", *words)
+    assert said.code == 2 and told in said.err and not (tmp_path / "small").exists()
+
+
+def test_a_model_in_codes(command, model: Path, tmp_path: Path) -> None:
+    assert command("quantize", model, tmp_path / "small", *WORDS).code == 0
+    assert command("quantize", tmp_path / "small", tmp_path / "again", *WORDS).code == 2
+    words = (*WORDS, "--dtype", "float32", "--to", "int4", "--force")
+    assert command("quantize", tmp_path / "small", tmp_path / "again", *words).code == 0
