@@ -28,8 +28,8 @@ ROOT = {
 TOP = {"api", "assess", "launch", "loading", "material", "prepare", "signals", "runtimes", "saving", "__main__"}
 # kernels come first: they are operations on tensors, know no module, and nn calls them.
 ORDER = (
-    *("kernels", "nn", "families", "checkpoints", "text", "data", "training", "tuning", "quantization"),
-    *("generation", "evaluation", "grounding", "serving", "studies"),
+    *("kernels", "nn", "families", "checkpoints", "text", "data", "training", "tuning"),
+    *("generation", "evaluation", "quantization", "grounding", "serving", "studies"),
 )
 
 

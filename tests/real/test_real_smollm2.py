@@ -97,7 +97,7 @@ def test_perplexity_of_some_windows() -> None:
 
     The whole text takes half an hour on two cores: benchmarks/perplexity.py.
     """
-    ids = ours().words.encode(wikitext("test"))[:3072]
+    ids = ours().words.encode(wikitext("test"))[:2048]
     text = TextTokens.of(ids, ours().words)
     found = perplexity(ours().model, [text], context=1024, stride=512)
     total = count = 0.0
