@@ -37,6 +37,8 @@ FORMS: dict[str, dict[str, Any]] = {
              "layout": "interleaved"}, "layer_scale": 0.5},
     "mistral": {"attention": {"window": 6, "pattern": ["sliding"]}, "feed_forward": SWIGLU, "n_kv_heads": 1},
     "quick": {"attention": {"qk_norm": "layernorm"}, "feed_forward": "quick-gelu"},
+    "alibi": {"positions": "alibi", "norm": "layernorm", "feed_forward": "gelu"},
+    "t5": {"positions": {"type": "relative", "buckets": 8, "max_distance": 10}, "feed_forward": SWIGLU},
 }  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def in_codes(config: ModelConfig, kinds: tuple[str, ...] = ("Q8_0",)) -> Transfo
         if isinstance(leaf, nn.Linear):  # the recipe's start of zero would hide a part
             nn.init.normal_(leaf.weight, std=leaf.in_features**-0.5)
     for number, (name, tensor) in enumerate(model.state_dict().items()):
-        if tensor.ndim == 2 and "positions" not in name and "learned" not in name:
+        if tensor.ndim == 2 and not any(part in name for part in ("positions", "learned", "bias", "patches")):
             kind = kinds[number % len(kinds)]
             weights[name] = Packed.of_blocks(((kind, quantize(kind, tensor)),))
         else:
@@ -170,8 +172,120 @@ def test_every_instruction_set(level: str) -> None:
     assert isinstance(cache.fused, Fused) and gap(found, known) < 1e-3
 
 
+PATCHES = {"kind": "vision", "embeddings": {"patch": {"size": 4, "image": 16, "first_token": True}}, "vocab_size": 0,
+           "head": {"type": "image-classification", "labels": 5}, "positions": "learned", "norm": "layernorm"}  # fmt: skip
+WHOLE: dict[str, dict[str, Any]] = {
+    "bert": {**FORMS["post"], "kind": "encoder", "head": "masked-lm"},
+    "vision": {**FORMS["gpt2"], **PATCHES},
+    "t5": {**FORMS["t5"], "kind": "encoder-decoder"},
+    "window": {
+        **FORMS["gemma"],
+        "kind": "encoder",
+        "head": "masked-lm",
+        "attention": {"window": 3, "pattern": ["sliding"]},
+    },
+    "gpt2": FORMS["gpt2"],
+    "alibi": FORMS["alibi"],
+}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each native pass."""
+    counts: list[int] = []
+    run = Fused.run
+
+    def counted(self: Fused, *given: Any) -> Tensor:
+        counts.append(self.rows)
+        return run(self, *given)
+
+    monkeypatch.setattr(Fused, "run", counted)
+    return counts
+
+
+def inputs_of(config: ModelConfig, B: int, T: int) -> dict[str, Tensor]:
+    if config.kind == "vision":
+        return {"pixel_values": torch.randn(B, 3, 16, 16)}
+    more = {"decoder_input_ids": torch.randint(50, (B, 5))} if config.kind == "encoder-decoder" else {}
+    return {"input_ids": torch.randint(50, (B, T)), **more}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+@torch.no_grad()
+def test_whole_sequences_without_a_cache(form: str, passes: list[int]) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **WHOLE[form]}))
+    given = inputs_of(model.config, 3, 11)
+    with use_planes(2):
+        found = model(**given).logits
+        count = len(passes)
+        with use_backend("naive"):
+            known = model(**given).logits
+    assert count == len(passes) == 1 + model.is_pair
+    assert gap(found, known) < 1e-3
+
+
+@pytest.mark.parametrize("form", [form for form in WHOLE if form != "vision"])
+@torch.no_grad()
+def test_padding_costs_nothing_and_changes_nothing(form: str, passes: list[int]) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **WHOLE[form]}))
+    given, real = inputs_of(model.config, 3, 11), torch.ones(3, 11, dtype=torch.bool)
+    real[0, :4], real[2, 5:] = False, False
+    with use_planes(2):
+        found = model(**given, attention_mask=real).logits
+        with use_backend("naive"):
+            known = model(**given, attention_mask=real).logits
+    kept = torch.ones(3, 5, dtype=torch.bool) if model.is_pair else real
+    assert passes[0] == real.sum() and gap(found[kept], known[kept]) < 1e-3
+    # Were padding seen, it would show: other ids there change nothing, others elsewhere do.
+    changed = torch.where(real, given["input_ids"], 7)
+    with use_planes(2):
+        same = model(**{**given, "input_ids": changed}, attention_mask=real).logits
+        other = model(**{**given, "input_ids": changed.roll(1, 0)}, attention_mask=real).logits
+    assert torch.equal(same[kept], found[kept])
+    assert gap(other[kept], found[kept]) > max(10 * gap(found[kept], known[kept]), 1e-3)
+
+
+@pytest.mark.parametrize("form", ["gpt2", "bert", "alibi"])
+@torch.no_grad()
+def test_packed_documents_are_sequences_of_their_own(form: str, passes: list[int]) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **WHOLE[form]}))
+    ids = torch.randint(50, (2, 12))
+    documents = torch.tensor([[1] * 5 + [2] * 7, [1] + [2] * 3 + [3] * 8])
+    with use_planes(2):
+        found = model(ids, documents=documents).logits
+        with use_backend("naive"):
+            known = model(ids, documents=documents).logits
+    assert passes == [24] and gap(found, known) < 1e-3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_an_encoder_decoder_writes(padded: bool, passes: list[int]) -> None:
+    """Token by token, with rows that change places on the way: cross-attention reads what each row encoded."""
+    model = in_codes(ModelConfig(**{**SIZES, **WHOLE["t5"]}))
+    ids, targets = torch.randint(50, (3, 9)), torch.randint(50, (3, 8))
+    real = torch.ones(3, 9, dtype=torch.bool) if padded else None
+    if real is not None:
+        real[1, 4:] = False
+
+    def run() -> Tensor:
+        cache, out = model.new_cache(3, 8), []
+        for t in range(8):
+            more = {"input_ids": ids, "attention_mask": real} if t == 0 else {}
+            out.append(model(**more, decoder_input_ids=targets[:, t : t + 1], cache=cache).logits)
+            if t == 4:
+                cache.reorder(torch.tensor([1, 0, 0]))
+        return torch.cat(out, 1)
+
+    with use_planes(2):
+        found = run()
+        count = len(passes)
+        with use_backend("naive"):
+            known = run()
+    assert count == len(passes) == 9 and gap(found, known) < 1e-3
+
+
 UNFIT: dict[str, dict[str, Any]] = {
-    "alibi": {"positions": "alibi"},
     "experts": {"feed_forward": {"activation": "silu", "gated": True, "experts": {"experts": 2, "top_k": 1}}},
 }
 

@@ -48,7 +48,7 @@ class Linear(ctypes.Structure):
 class Columns(ctypes.Structure):
     """Keys and values of a layer."""
 
-    _fields_ = [(name, pointer) for name in ("keys", "values", "positions", "used")]
+    _fields_ = [(name, pointer) for name in ("keys", "values", "positions", "state", "starts")]
     _fields_ += [
         (name, i64) for name in ("sequence_stride", "head_stride", "column_stride", "positions_stride", "half")
     ]
@@ -65,8 +65,8 @@ class Heads(ctypes.Structure):
 class Attend(ctypes.Structure):
     """Gather values by queries and keys."""
 
-    _fields_ = [(name, pointer) for name in ("q", "rows", "out", "scratch")]
-    _fields_ += [(name, i64) for name in ("N", "K", "H", "q_stride", "window", "causal", "room")]
+    _fields_ = [(name, pointer) for name in ("q", "rows", "out", "scratch", "bias")]
+    _fields_ += [(name, i64) for name in ("N", "K", "H", "q_stride", "window", "causal", "room", "reach")]
     _fields_ += [("scale", f32), ("cap", f32), ("columns", Columns)]
 
 

@@ -230,13 +230,18 @@ class Attention(nn.Module):
     def cross(self, x_BTD: Tensor, encoder_BSD: Tensor, mask: Mask, cache: Cache | None = None) -> Tensor:
         """Cross-attention: queries from the decoder, keys and values from the encoder, cached after the first call."""
         q = self._normalized(self.q_norm, self.q(x_BTD))
+        return self._mix(q, *self.remembered(encoder_BSD, cache), mask, None)
+
+    def remembered(self, encoder_BSD: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, K, H) of the encoder's states, computed once where there is a cache."""
         kept = None if cache is None else cache.cross[self.layer]
         if kept is None:
             k, v = self.kv(encoder_BSD).chunk(2, -1)
-            kept = (self._normalized(self.k_norm, k), v.view(*v.shape[:-1], self.K, self.H))
+            k = self._normalized(self.k_norm, k)
+            kept = (k.contiguous(), v.reshape(*v.shape[:-1], self.K, self.H).contiguous())
             if cache is not None:
                 cache.cross[self.layer] = kept
-        return self._mix(q, *kept, mask, None)
+        return kept
 
     def _heads(self, qkv_BTX: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The projection as queries, keys and values, normalised per head and turned to their positions."""

@@ -86,6 +86,11 @@ class Slots:
             return None
         return torch.arange(self._start, self._start + T)[None] if self._columns is None else self._columns
 
+    @property
+    def in_order(self) -> bool:
+        """Whether every column in use stands at its own position, in every row."""
+        return self._columns is None
+
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row rows[i] (beam search); the batch may change size."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)

@@ -1,15 +1,17 @@
-"""A stack of blocks as one native call: the fast path of decoding.
+"""A stack of blocks as one native call: the fast path of encoding and of decoding.
 
 The blocks stay the definition (block.py). Where every part of them has a kernel (weights in codes, on a CPU), the walk
-below writes down what they would do as steps over fixed buffers, once for a cache and a number of rows; a forward pass
-is then a single call. Where anything has none, `Fused.build` says so by None, and the blocks run as they are.
+below writes down what they would do as steps over fixed buffers; a forward pass is then a single call. With a cache
+that is done once for it and a number of rows. Without one, sequences lie one behind the other, so that padding costs
+nothing. Where anything has no kernel, `pass_through` says so by None, and the blocks run as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,11 @@ from headway.kernels.codes import ROWS
 from headway.kernels.native import usable
 from headway.kernels.steps import LAYER, PLAIN, RMS, Buffers, Coded, Linear, Norm, Program
 from headway.nn import packed
-from headway.nn.attention import is_steered
+from headway.nn.attention import Attention, is_steered
 from headway.nn.block import Block, Residual
-from headway.nn.cache import Cache, Slots
+from headway.nn.cache import Cache
 from headway.nn.feed_forward import ACTIVATIONS, FeedForward
+from headway.nn.masks import Sight
 from headway.nn.norms import LayerNorm, RMSNorm
 from headway.nn.packed import PackedLinear
 
@@ -30,21 +33,50 @@ if TYPE_CHECKING:
     from headway.nn.stack import Stack
 
 _NAMES = {function: steps.ACTIVATIONS.index(name) for name, function in ACTIVATIONS.items()}
+Angles = tuple[Tensor | None, Tensor | None]
 
 
 class UnfitError(Exception):
     """Some part of a stack has no kernel."""
 
 
+class Encoded(NamedTuple):
+    """What cross-attention reads: states (B, S, D), and which of them are not padding (B, S), None if all."""
+
+    states: Tensor
+    real: Tensor | None
+
+
+class Keys(NamedTuple):
+    """Where a group of layers finds its columns: `rows` (tokens, 3) says for each token its sequence, position and
+    column (-1: it is not stored), `state` how many columns are in use and whether each stands at its position."""
+
+    rows: Tensor
+    state: Tensor
+    positions: Tensor
+    starts: Tensor | None = None
+
+
 class Fused:
-    """A stack over `rows` tokens (B x T, row by row) with their cache.
+    """A stack over `rows` tokens, one after the other.
 
     Args:
-        stack: whose blocks are walked. cache: whose columns are read and written. rows: tokens a call.
+        stack: whose blocks are walked. keys: of each window. room: columns that a token sees at most.
+        cache: whose columns are read and written; None: keys and values stay where they are projected to.
+        encoded: for cross-attention.
     """
 
-    def __init__(self, stack: Stack, cache: Cache, rows: int) -> None:
-        self.rows, self._buffers, self._steps = rows, Buffers(), list[ctypes.Structure]()
+    def __init__(
+        self,
+        stack: Stack,
+        rows: int,
+        keys: Mapping[int | None, Keys],
+        room: int,
+        cache: Cache | None,
+        encoded: Encoded | None,
+    ) -> None:
+        self.rows, self.keys, self._room, self._cache, self._encoded = rows, keys, room, cache, encoded
+        self._buffers, self._steps = Buffers(), list[ctypes.Structure]()
         first = stack.blocks[0]
         assert isinstance(first, Block)
         D, heads = _leaf(first.attention.output).shape[0], first.attention
@@ -52,56 +84,26 @@ class Fused:
         self._branch = self._buffers.floats(rows, D)
         self._qkv = self._buffers.floats(rows, (heads.N + 2 * heads.K) * heads.H)
         self._mixed = self._buffers.floats(rows, heads.N * heads.H)
-        self._where = {window: torch.empty(rows, 3, dtype=torch.long) for window in cache.groups}
-        for where in self._where.values():
-            where[:, 0] = torch.arange(rows) // (rows // len(cache.lengths))
-        self._used = {window: ctypes.c_int64() for window in cache.groups}
         self._angles: dict[bool, Tensor] = {}
-        self._room = max(slots.capacity for slots in cache.groups.values()) + 1
-        self._scratch = self._buffers.floats(torch.get_num_threads(), steps.QUERIES * self._room)
+        self._scratch = self._buffers.floats(torch.get_num_threads(), steps.QUERIES * room)
         self._codes: dict[tuple[int, int, str], Coded] = {}
+        self._bias = None if stack.bias is None else stack.bias.by_distance(room)
         for layer, block in enumerate(stack.blocks):
             assert isinstance(block, Block)
             turns = stack.turned[layer] and stack.rope is not None
-            self._block(
-                block, cache, layer, self._angles_of(stack, stack.windows[layer] is not None) if turns else None
-            )
+            self._block(block, layer, self._angles_of(stack, stack.windows[layer] is not None) if turns else None)
         self._norm(stack.norm, self.x, out=self.x)
         self._program = Program(self._steps)
 
-    @classmethod
-    def build(cls, stack: Stack, cache: Cache, x_BTD: Tensor) -> Fused | None:
-        """The steps of a stack, kept with the cache until it changes; None where they cannot be taken."""
-        if not packed.planes() or is_steered() or not usable(x_BTD) or stack.training or stack.bias is not None:
-            return None
-        B, T, _ = x_BTD.shape
-        if x_BTD.requires_grad or any(slots.columns(T) is None for slots in cache.groups.values()):
-            return None
-        wanted = _made_for(cache, B * T)
-        if cache.fused_for != wanted:
-            cache.fused, cache.fused_for = None, wanted  # that a stack is unfit is kept as well
-            with contextlib.suppress(UnfitError):
-                cache.fused = cls(stack, cache, B * T)
-        return cache.fused if isinstance(cache.fused, cls) else None
-
-    def run(
-        self, x_BTD: Tensor, positions: Tensor, cache: Cache, angles: tuple[Tensor | None, Tensor | None]
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D): all blocks and the last norm. `cache` has begun the new tokens."""
-        B, T, _ = x_BTD.shape
-        self.x.copy_(x_BTD.reshape(self.rows, -1))
-        for window, slots in cache.groups.items():
-            where = self._where[window].view(B, T, 3)
-            columns = slots.columns(T)
-            assert columns is not None
-            where[..., 1], where[..., 2] = positions, columns
-            self._used[window].value = slots.used
+    def run(self, x: Tensor, angles: Angles) -> Tensor:
+        """All blocks and the last norm over rows (rows, D) -> (rows, D); angles (rows, pairs) complex."""
+        self.x.copy_(x)
         for is_window, kept in self._angles.items():
             given = angles[is_window]
             assert given is not None
-            kept.view(B, T, -1, 2).copy_(torch.view_as_real(given)[:, :, 0])
+            kept.copy_(torch.view_as_real(given))
         self._program.run(self.rows)
-        return self.x.view(B, T, -1).clone()
+        return self.x
 
     def _angles_of(self, stack: Stack, is_window: bool) -> Tensor:
         """Room for cosines and sines (rows, pairs, 2), of the layers with a window or of the others."""
@@ -110,52 +112,95 @@ class Fused:
         pairs = int(rope.d_head * rope.config.fraction) // 2
         return self._angles.setdefault(is_window, torch.empty(self.rows, pairs, 2))
 
-    def _block(self, block: Block, cache: Cache, layer: int, angles: Tensor | None) -> None:
+    def _block(self, block: Block, layer: int, angles: Tensor | None) -> None:
         first, last = block.attention_residual, block.feed_forward_residual
-        if block.cross_attention is not None or not isinstance(block.feed_forward, FeedForward):
+        if not isinstance(block.feed_forward, FeedForward):
             raise UnfitError
         beside = self._inputs(last.before, block.feed_forward.up, "beside") if block.is_parallel else None
-        self._attention(block, self._inputs(first.before, block.attention.qkv), cache, layer, angles)
+        self._attention(block, self._inputs(first.before, block.attention.qkv), layer, angles)
         self._join(first, block.attention.output, self._mixed)
+        if block.cross_attention is not None and block.cross_residual is not None:
+            self._cross(block.cross_attention, block.cross_residual, layer)
+            self._join(block.cross_residual, block.cross_attention.output, self._mixed)
         self._feed_forward(block.feed_forward, beside or self._inputs(last.before, block.feed_forward.up), last)
 
-    def _attention(
-        self, block: Block, inputs: dict[int, Coded], cache: Cache, layer: int, angles: Tensor | None
-    ) -> None:
-        part, (is_causal, seen) = block.attention, block.mask
-        window, index = cache.layers[layer]
-        slots = cache.groups[window]
+    def _attention(self, block: Block, inputs: dict[int, Coded], layer: int, angles: Tensor | None) -> None:
+        part, (is_causal, window) = block.attention, block.mask
         self._linear(part.qkv, inputs, self._qkv)
-        columns = self._columns(slots, index, window)
+        keys = self.keys[None if self._cache is None else self._cache.layers[layer][0]]
+        columns = self._beside(part, keys) if self._cache is None else self._stored(self._cache, layer, keys)
+        self._heads(part, self._qkv, part.K, keys.rows, columns, angles)
+        self._attend(part, self._qkv, keys.rows, columns, is_causal=is_causal, window=window, bias=self._bias)
+
+    def _cross(self, part: Attention, residual: Residual, layer: int) -> None:
+        """Queries over the encoder's keys and values, which are computed when they are first needed."""
+        assert self._encoded is not None
+        k, v = part.remembered(self._encoded.states, self._cache)
+        if k.stride() != v.stride() or k.dtype != torch.float32:
+            raise UnfitError
+        S, real = k.shape[1], self._encoded.real
+        rows = next(iter(self.keys.values())).rows
+        state = torch.tensor([S, real is None])
+        positions = torch.arange(S)[None] if real is None else torch.where(real, torch.arange(S), -1)
+        places = [self._buffers.keep(tensor) for tensor in (k, v, positions, state)]
+        sequence, column, head, _ = k.stride()
+        columns = steps.Columns(*places, None, sequence, head, column, 0 if real is None else S, half=False)
+        query = self._buffers.floats(self.rows, part.N * part.H)
+        self._linear(part.q, self._inputs(residual.before, part.q), query)
+        self._heads(part, query, 0, rows, steps.Columns(), None)
+        self._attend(part, query, rows, columns)
+
+    def _heads(
+        self, part: Attention, source: Tensor, K: int, rows: Tensor, columns: steps.Columns, angles: Tensor | None
+    ) -> None:
+        """Queries (and keys, if the rows hold any) normalised and turned; keys and values stored."""
         q, k = part.q_norm, part.k_norm
         kind = _normalization(q)
         if kind != PLAIN and not part.norm_heads:
             raise UnfitError
         (q_weight, q_bias, eps), (k_weight, k_bias, _) = map(_numbers, (q, k))
-        keep = self._buffers.keep
+        numbers = map(self._buffers.keep, (q_weight, q_bias, k_weight, k_bias, angles, rows))
         pairs = 0 if angles is None else angles.shape[1]
-        where = self._where[window].data_ptr()
-        self._steps.append(
-            steps.Heads(
-                self._qkv.data_ptr(), *map(keep, (q_weight, q_bias, k_weight, k_bias, angles)), where,
-                part.N, part.K, part.H, pairs, part.layout == "interleaved", kind, eps, columns,
-            )
-        )  # fmt: skip
-        self._steps.append(
-            steps.Attend(
-                self._qkv.data_ptr(), where, self._mixed.data_ptr(), self._scratch.data_ptr(), part.N, part.K, part.H,
-                self._qkv.shape[1], seen or 0, is_causal, self._room, part.scale, part.softcap or 0.0, columns,
-            )
-        )  # fmt: skip
+        shape = (part.N, K, part.H, pairs, part.layout == "interleaved", kind, eps)
+        self._steps.append(steps.Heads(source.data_ptr(), *numbers, *shape, columns))
 
-    def _columns(self, slots: Slots, index: int, window: int | None) -> steps.Columns:
-        keys, values = slots.keys[index], slots.values[index]
-        if keys.dtype not in (torch.float32, torch.float16):
+    def _attend(
+        self,
+        part: Attention,
+        source: Tensor,
+        rows: Tensor,
+        columns: steps.Columns,
+        *,
+        is_causal: bool = False,
+        window: int | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        places = (source.data_ptr(), rows.data_ptr(), self._mixed.data_ptr(), self._scratch.data_ptr())
+        shape = (part.N, part.K, part.H, source.shape[1], window or 0, is_causal, self._room)
+        reach = 0 if bias is None else bias.shape[1] // 2
+        keep = self._buffers.keep
+        self._steps.append(steps.Attend(*places, keep(bias), *shape, reach, part.scale, part.softcap or 0.0, columns))
+
+    def _beside(self, part: Attention, keys: Keys) -> steps.Columns:
+        """Columns that are rows of the projection itself."""
+        assert keys.starts is not None
+        width, first = self._qkv.shape[1], self._qkv.data_ptr() + 4 * part.N * part.H
+        places = (
+            first,
+            first + 4 * part.K * part.H,
+            *map(self._buffers.keep, (keys.positions, keys.state, keys.starts)),
+        )
+        return steps.Columns(*places, width, part.H, width, 1, half=False)
+
+    def _stored(self, cache: Cache, layer: int, keys: Keys) -> steps.Columns:
+        """Columns of a cache."""
+        window, index = cache.layers[layer]
+        slots = cache.groups[window]
+        k, v = slots.keys[index], slots.values[index]
+        if k.dtype not in (torch.float32, torch.float16):
             raise UnfitError
-        used = ctypes.addressof(self._used[window])
-        places = (keys.data_ptr(), values.data_ptr(), slots.positions.data_ptr(), used)
-        strides = (*keys.stride()[:3], slots.positions.stride(0))
-        return steps.Columns(*places, *strides, keys.dtype == torch.float16)
+        places = (k.data_ptr(), v.data_ptr(), keys.positions.data_ptr(), keys.state.data_ptr(), None)
+        return steps.Columns(*places, *k.stride()[:3], keys.positions.stride(0), half=k.dtype == torch.float16)
 
     def _feed_forward(self, part: FeedForward, inputs: dict[int, Coded], residual: Residual) -> None:
         if part.gated and _leaf(part.up).shape[0] % (2 * ROWS):
@@ -243,11 +288,6 @@ def _leaf(module: nn.Module) -> PackedLinear:
     raise UnfitError
 
 
-def _made_for(cache: Cache, rows: int) -> tuple[int, ...]:
-    """What steps depend on: a cache that was reordered has moved."""
-    return rows, packed.planes(), torch.get_num_threads(), *(slots.keys.data_ptr() for slots in cache.groups.values())
-
-
 def _normalization(norm: nn.Module) -> int:
     if isinstance(norm, nn.Identity):
         return PLAIN
@@ -266,3 +306,104 @@ def _numbers(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
         bias = None if norm.bias is None else norm.bias.detach().float()
         return norm.weight.detach().float(), bias, norm.eps
     return None, None, 0.0
+
+
+# --- what a pass over a batch is ---------------------------------------------------------------------------------
+
+
+def pass_through(
+    stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache | None, encoded: Encoded | None, angles: Angles
+) -> Tensor | None:
+    """All blocks and the last norm, (B, T, D) -> (B, T, D); None where they have to run one by one.
+
+    A cache has begun the new tokens. Padding has states of zero.
+    """
+    if not packed.planes() or is_steered() or not usable(x_BTD) or stack.training or x_BTD.requires_grad:
+        return None
+    with contextlib.suppress(UnfitError):
+        if cache is None:
+            return _alone(stack, x_BTD, sight, encoded, angles)
+        return _cached(stack, x_BTD, sight, cache, encoded, angles)
+    return None
+
+
+def _alone(stack: Stack, x_BTD: Tensor, sight: Sight, encoded: Encoded | None, angles: Angles) -> Tensor:
+    """Sequences, or the documents that were packed into one, each for itself."""
+    (B, T, _), real, documents = x_BTD.shape, sight.k_real, sight.q_documents
+    if documents is not None and (real is not None or encoded is not None):
+        raise UnfitError
+    rows = torch.full((B, T, 3), -1)
+    rows[..., 1] = sight.q_positions
+    if documents is not None:
+        is_first = torch.ones(B, T, dtype=torch.bool)
+        is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        begins = is_first.flatten().nonzero()[:, 0]
+        rows[..., 0] = is_first.flatten().cumsum(0).view(B, T) - 1
+    else:
+        rows[..., 0] = torch.arange(B)[:, None]
+        lengths = torch.full((B,), T) if real is None else real.sum(1)
+        begins = lengths.cumsum(0) - lengths
+    chosen = slice(None) if real is None else real.flatten()
+    rows = rows.flatten(0, 1)[chosen].contiguous()
+    starts = torch.cat((begins, torch.tensor([len(rows)])))
+    in_order = bool((torch.arange(len(rows)) - starts[rows[:, 0]] == rows[:, 1]).all())
+    room = int(starts.diff().max()) if len(rows) else 0
+    if encoded is not None:
+        room = max(room, encoded.states.shape[1])
+    if not room:
+        raise UnfitError
+    keys = Keys(rows, torch.tensor([0, in_order]), rows[:, 1].contiguous(), starts)
+    program = Fused(stack, len(rows), {None: keys}, room, None, encoded)
+
+    def flat(one: Tensor | None) -> Tensor | None:
+        return None if one is None else one[:, :, 0].expand(B, -1, -1).flatten(0, 1)[chosen]
+
+    found = program.run(x_BTD.flatten(0, 1)[chosen], (flat(angles[0]), flat(angles[1])))
+    if real is None:
+        return found.view_as(x_BTD)
+    out = torch.zeros_like(x_BTD)
+    out[real] = found
+    return out
+
+
+def _cached(stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache, encoded: Encoded | None, angles: Angles) -> Tensor:
+    """New tokens, with steps that the cache keeps until it changes."""
+    B, T, _ = x_BTD.shape
+    columns = {window: slots.columns(T) for window, slots in cache.groups.items()}
+    if any(found is None for found in columns.values()):
+        raise UnfitError
+    if encoded is not None:
+        for block in stack.blocks:
+            assert isinstance(block, Block)
+            if block.cross_attention is not None:
+                block.cross_attention.remembered(encoded.states, cache)
+    wanted = _made_for(cache, B * T)
+    if cache.fused_for != wanted:
+        cache.fused, cache.fused_for = None, wanted  # that a stack is unfit is kept as well
+        keys = {
+            window: Keys(torch.empty(B * T, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), slots.positions)
+            for window, slots in cache.groups.items()
+        }
+        room = max(slots.capacity for slots in cache.groups.values()) + 1
+        room = max(room, 0 if encoded is None else encoded.states.shape[1])
+        cache.fused = Fused(stack, B * T, keys, room, cache, encoded)
+    if not isinstance(cache.fused, Fused):
+        raise UnfitError
+    for window, found in columns.items():
+        keys_, slots = cache.fused.keys[window], cache.groups[window]
+        rows = keys_.rows.view(B, T, 3)
+        assert found is not None
+        rows[..., 0] = torch.arange(B)[:, None]
+        rows[..., 1], rows[..., 2] = sight.q_positions, found
+        keys_.state[0], keys_.state[1] = slots.used, slots.in_order
+
+    def flat(one: Tensor | None) -> Tensor | None:
+        return None if one is None else one[:, :, 0].expand(B, -1, -1).flatten(0, 1)
+
+    return cache.fused.run(x_BTD.flatten(0, 1), (flat(angles[0]), flat(angles[1]))).view_as(x_BTD).clone()
+
+
+def _made_for(cache: Cache, rows: int) -> tuple[int, ...]:
+    """What steps depend on: a cache that was reordered has moved."""
+    tensors = [slots.keys for slots in cache.groups.values()] + [kept[0] for kept in cache.cross if kept is not None]
+    return rows, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)

@@ -180,3 +180,10 @@ class ScoreBias(nn.Module):
             return F.embedding(buckets, self.table).permute(0, 3, 1, 2).to(dtype)
         slopes = alibi_slopes(self.n_heads).to(distance.device, dtype)
         return -(distance.abs()[:, None].to(dtype) * slopes[None, :, None, None])
+
+    def by_distance(self, reach: int) -> Tensor:
+        """The bias of a key so many positions before or after the query, from -reach to reach, (N, 2 reach + 1)."""
+        device = self.table.device if isinstance(self.config, cfg.Relative) else torch.device("cpu")
+        distances = torch.arange(-reach, reach + 1, device=device)[None]
+        bias = self.forward(torch.zeros_like(distances[:, :1]), distances, torch.float32)
+        return bias[0, :, 0].contiguous()

@@ -10,7 +10,7 @@ from headway.config import Alibi, ModelConfig, Relative
 from headway.config import Rope as RopeConfig
 from headway.nn.block import Block, Surroundings
 from headway.nn.cache import Cache
-from headway.nn.fused import Fused
+from headway.nn.fused import Encoded, pass_through
 from headway.nn.masks import Mask, Sight, build_mask
 from headway.nn.norms import make_norm
 from headway.nn.positions import Rope, ScoreBias
@@ -76,9 +76,10 @@ class Stack(nn.Module):
         """
         angles = self._angles(sight, x_BTD, cache)
         sights = _sights(sight, cache, self.windows)
-        fused = None if cache is None or encoder_BSD is not None else Fused.build(self, cache, x_BTD)
-        if fused is not None and cache is not None:
-            return fused.run(x_BTD, sight.q_positions, cache, angles)
+        encoded = None if encoder_BSD is None else Encoded(encoder_BSD, encoder_real)
+        fused = pass_through(self, x_BTD, sight, cache, encoded, angles)
+        if fused is not None:
+            return fused
         masks: dict[tuple[bool, int | None], Mask] = {}
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)

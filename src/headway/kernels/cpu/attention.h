@@ -74,11 +74,12 @@ FN float number_at(const void *from, i64 at, i64 half) {
     return half ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
-// What some rows of one sequence see of one head: S columns from `keys` and `values` on.
+// What some rows of one sequence see of one head: S columns from `keys` and `values` on; `whole` if each sees all.
 struct View {
     const char *keys, *values;
     const i64 *positions;
     i64 S, stride, half;
+    bool whole;
 };
 
 // scores[r][s] = q[r] k[s] for `count` queries; each key is read once for all of them.
@@ -122,43 +123,77 @@ FN bool sees(const Attend &a, i64 position, i64 column) {
     return column >= 0 && (!a.causal || back >= 0) && (!a.window || (back < a.window && -back < a.window));
 }
 
-// Scores become weights that sum to one; a row that sees nothing has weights of zero.
-TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a) {
+// The scores of a row at `position` become weights that sum to one; a row that sees nothing has weights of zero.
+TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a, const float *bias) {
     const float none = -__builtin_inff();
-    float top = none, total = 0;
-    for (i64 i = 0; i < v.S; ++i) {
-        s[i] *= a.scale;
-        if (a.cap > 0) s[i] = a.cap * (1.0f - 2.0f / (1.0f + __builtin_expf(2.0f * s[i] / a.cap)));
-        s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
-        top = s[i] > top ? s[i] : top;
+    for (i64 i = 0; i < v.S; ++i) s[i] *= a.scale;
+    for (i64 i = 0; a.cap > 0 && i < v.S; ++i) s[i] = a.cap * (1.0f - 2.0f / (1.0f + __builtin_expf(2.0f * s[i] / a.cap)));
+    for (i64 i = 0; bias && i < v.S; ++i) {
+        const i64 away = v.positions[i] - position;
+        s[i] += bias[away < -a.reach ? -a.reach : away > a.reach ? a.reach : away];
     }
-    if (top == none) top = 0;
+    for (i64 i = 0; !v.whole && i < v.S; ++i) s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
+    Floats tops = splat(none), totals = {};
     i64 i = 0;
     for (; i + LANES <= v.S; i += LANES) {
         const Floats x = load<Floats>(s + i);
-        store(s + i, x == splat(none) ? Floats{} : exponential(x - top));
+        tops = x > tops ? x : tops;
     }
-    for (; i < v.S; ++i) s[i] = s[i] == none ? 0.0f : __builtin_expf(s[i] - top);
-    for (i = 0; i < v.S; ++i) total += s[i];
+    float top = none;
+    for (int lane = 0; lane < LANES; ++lane) top = tops[lane] > top ? tops[lane] : top;
+    for (; i < v.S; ++i) top = s[i] > top ? s[i] : top;
+    if (top == none) top = 0;
+    for (i = 0; i + LANES <= v.S; i += LANES) {
+        const Floats x = load<Floats>(s + i), y = x == splat(none) ? Floats{} : exponential(x - top);
+        totals += y;
+        store(s + i, y);
+    }
+    float total = sum_of(totals);
+    for (; i < v.S; ++i) total += s[i] = s[i] == none ? 0.0f : __builtin_expf(s[i] - top);
     const float inverse = total == 0 ? 0.0f : 1.0f / total;
     for (i = 0; i < v.S; ++i) s[i] *= inverse;
 }
 
-// The columns from the first to the last that any of `count` rows from t on sees.
-TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
-    const Columns &c = a.columns;
-    const i64 sequence = a.rows[3 * t], size = c.half ? 2 : 4, *positions = c.positions + sequence * c.positions_stride;
-    i64 low = *c.used, high = 0;
-    for (i64 s = 0; s < *c.used; ++s) {
+// The columns from the first to the last that any of `count` rows, from positions `least` to `most`, sees of `used` ones.
+struct Range {
+    i64 low, high;
+    bool whole;
+};
+
+// Where each column stands at its position.
+FN Range range_in_order(const Attend &a, i64 least, i64 most, i64 used) {
+    const i64 before = least - a.window + 1, after = a.causal ? most + 1 : a.window ? most + a.window : used;
+    const i64 low = a.window && before > 0 ? before : 0, high = after < used ? after : used;
+    const bool whole = !(a.causal && least < high - 1) && !(a.window && (most - low >= a.window || high - 1 - least >= a.window));
+    return {low < high ? low : high, high, whole};
+}
+
+TARGET static Range range_by_search(const Attend &a, const i64 *rows, int count, const i64 *positions, i64 used) {
+    i64 low = used, high = 0;
+    for (i64 s = 0; s < used; ++s) {
         bool seen = false;
-        for (int r = 0; r < count; ++r) seen |= sees(a, a.rows[3 * (t + r) + 1], positions[s]);
+        for (int r = 0; r < count; ++r) seen |= sees(a, rows[3 * r + 1], positions[s]);
         if (!seen) continue;
         low = s < low ? s : low;
         high = s + 1;
     }
-    if (high == 0) low = 0;
-    const i64 at = (sequence * c.sequence_stride + n / (a.N / a.K) * c.head_stride + low * c.column_stride) * size;
-    return {(const char *)c.keys + at, (const char *)c.values + at, positions + low, high - low, c.column_stride, c.half};
+    return {high == 0 ? 0 : low, high, false};
+}
+
+TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
+    const Columns &c = a.columns;
+    const i64 *rows = a.rows + 3 * t, first = c.starts ? c.starts[rows[0]] : rows[0];
+    const i64 *positions = c.positions + first * c.positions_stride, size = c.half ? 2 : 4;
+    const i64 used = c.starts ? c.starts[rows[0] + 1] - first : c.state[0];
+    i64 least = rows[1], most = rows[1];
+    for (int r = 1; r < count; ++r) {
+        least = rows[3 * r + 1] < least ? rows[3 * r + 1] : least;
+        most = rows[3 * r + 1] > most ? rows[3 * r + 1] : most;
+    }
+    const Range of = c.state[1] ? range_in_order(a, least, most, used) : range_by_search(a, rows, count, positions, used);
+    const i64 at = (first * c.sequence_stride + n / (a.N / a.K) * c.head_stride + of.low * c.column_stride) * size;
+    const char *keys = (const char *)c.keys + at, *values = (const char *)c.values + at;
+    return {keys, values, positions + of.low, of.high - of.low, c.column_stride, c.half, of.whole};
 }
 
 // Items: QUERIES rows of a head, those of one sequence at a time.
@@ -166,13 +201,14 @@ TARGET static void attend(const Attend &a, i64 T, i64 begin, i64 end, i64 thread
     float *scores = a.scratch + thread * QUERIES * a.room;
     for (i64 item = begin; item < end; ++item) {
         const i64 n = item % a.N, first = item / a.N * QUERIES, last = first + QUERIES < T ? first + QUERIES : T;
+        const float *bias = a.bias ? a.bias + n * (2 * a.reach + 1) + a.reach : nullptr;
         int count = 1;
         for (i64 t = first; t < last; t += count) {
             count = 1;
             while (t + count < last && a.rows[3 * (t + count)] == a.rows[3 * t]) ++count;
             const View v = view_of(a, t, count, n);
             scores_of(a.q + t * a.q_stride + n * a.H, a.q_stride, count, v, a.H, scores);
-            for (int r = 0; r < count; ++r) weigh(scores + r * v.S, v, a.rows[3 * (t + r) + 1], a);
+            for (int r = 0; r < count; ++r) weigh(scores + r * v.S, v, a.rows[3 * (t + r) + 1], a, bias);
             gather(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, a.N * a.H);
         }
     }

@@ -50,10 +50,11 @@ struct Linear {
 };
 
 // Keys and values of one layer and where they stand: (B, K, S, H) with strides in elements, positions (B, S) with -1 for a
-// column that holds nothing, and how many columns are in use.
+// column that holds nothing, and the state of the columns: how many are in use, and whether each stands at its position.
+// With `starts` (B + 1) sequences of any length lie one behind the other, columns of one row.
 struct Columns {
     void *keys, *values;
-    const i64 *positions, *used;
+    const i64 *positions, *state, *starts;
     i64 sequence_stride, head_stride, column_stride, positions_stride, half;
 };
 
@@ -69,13 +70,15 @@ struct Heads {
     Columns columns;
 };
 
-// out (T, N, H) = softmax(cap(scale q k^T)) v over the columns that a row may see: not after its position if causal, and
-// less than `window` away. scratch: for each thread 4 floats for every column there can be.
+// out (T, N, H) = softmax(cap(scale q k^T) + bias) v over the columns that a row may see: not after its position if causal,
+// and less than `window` away. bias (N, 2 reach + 1) by distance of the column, `reach` for one that is as far or farther.
+// scratch: for each thread 4 floats for every column there can be.
 struct Attend {
     const float *q;
     const i64 *rows;
     float *out, *scratch;
-    i64 N, K, H, q_stride, window, causal, room;
+    const float *bias;
+    i64 N, K, H, q_stride, window, causal, room, reach;
     float scale, cap;
     Columns columns;
 };
