@@ -174,20 +174,32 @@ def sliding_window(question: str, context: str, words: int = 4) -> str:
     return " ".join(tokens[best : best + words])
 
 
+def cut_around(row: dict[str, Any], letters: int, chance: random.Random) -> dict[str, Any]:
+    """A question whose context is some `letters` around its first answer, which stands anywhere in them."""
+    context, answer = row["context"], row["answers"][0]
+    begin, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+    first = max(begin - chance.randrange(max(letters - (end - begin), 1)), 0)
+    first = context.rfind(" ", 0, first) + 1
+    last = context.find(" ", max(first + letters, end))
+    part = context[first : None if last < 0 else last]
+    return {**row, "context": part, "answers": [{**answer, "answer_start": begin - first}]}
+
+
 def spans(options: argparse.Namespace) -> dict[str, Any]:
+    """Trained on pieces of the contexts, which let four times as many questions through; asked about whole ones."""
     from headway.evaluation import squad_exact_match, squad_f1
 
     path, test, train_rows, test_rows = written("squad", squad(), options.folder, "context")
-    more = [row for row in [*coqa(), *drop()] if len(row["context"].split()) < 260]
-    random.Random(options.seed).shuffle(more)
-    rows = [*train_rows, *more[: options.limit * 4]]
+    chance = random.Random(options.seed)
+    rows = [cut_around(row, 400, chance) for row in [*train_rows, *coqa(), *drop()]]
+    chance.shuffle(rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded, seconds = fit(
         options.folder / "spans",
         base=minilm(),
         budget=f"{options.minutes or 25}m",
         data={"path": str(path), "context": 384},
-        train={"seed": options.seed},
+        train={"seed": options.seed, "lr": 2e-4, "batch_size": 16},
     )
     answers = [[answer["text"] for answer in row["answers"]] for row in test_rows]
     guesses = [sliding_window(row["question"], row["context"]) for row in test_rows]

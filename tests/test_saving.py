@@ -337,8 +337,12 @@ def test_a_packed_model_is_written_as_its_dequantized_weights(tmp_path: Path, fo
     assert weights["head.output.weight"].data_ptr() == weights["embeddings.tokens.weight"].data_ptr()
     again = load(save(packed, tmp_path / "out", form))
     assert_same_weights(plain_weights(again), plain.model.state_dict())
-    # A run folder keeps the codes, the other forms have none for it.
-    assert any(isinstance(m, PackedLinear) for m in again.model.modules()) == (form == "headway")
+    # A run folder and a GGUF file keep the codes, a published folder has no form for them.
+    assert any(isinstance(m, PackedLinear) for m in again.model.modules()) == (form != "hf")
+    if form == "gguf":
+        files = [gguf.GGUFReader(place) for place in (path, tmp_path / "out")]
+        one, other = ({t.name: (t.tensor_type, t.data.tobytes()) for t in file.tensors} for file in files)
+        assert one == other
     with exact():
         assert torch.equal(logits(again), logits(packed)) and not torch.equal(logits(again), logits(first))
 

@@ -135,7 +135,7 @@ def load(
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-STORED, RECEIPT = "stored", "receipt"
+STORED, RECEIPT, GGUF_RECEIPT = "stored", "receipt", "headway.receipt"
 
 
 def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
@@ -410,6 +410,8 @@ def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool)
                 if key.startswith("tokenizer."):
                     del file.metadata[key]
         found = GgufModel(file, dtype)
+        said = file.metadata.get(GGUF_RECEIPT)
+    receipt = strict_json(said, f"{place} {GGUF_RECEIPT}") if isinstance(said, str) else {}
     for name, weight in found.weights.items():
         # Those in blocks are not looked into: that would mean to unpack them.
         if not allow_nonfinite and isinstance(weight, Tensor):
@@ -423,6 +425,7 @@ def _load_gguf(place: Path, dtype: torch.dtype | None, *, allow_nonfinite: bool)
         family=found.family.model_type,
         architecture=found.architecture,
         notes=found.notes,
+        receipt=receipt if isinstance(receipt, dict) else {},
     )
 
 

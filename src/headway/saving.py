@@ -23,8 +23,18 @@ from headway.errors import ConfigError
 from headway.families import Family, families
 from headway.families._gguf import dialect
 from headway.families._translate import plan, write_config
-from headway.loading import DTYPES, GENERATION, MODULES, POOLING, POOLING_MODES, PREPROCESSOR, RECEIPT, Loaded
-from headway.nn.packed import PackedEmbedding, PackedLinear
+from headway.loading import (
+    DTYPES,
+    GENERATION,
+    GGUF_RECEIPT,
+    MODULES,
+    POOLING,
+    POOLING_MODES,
+    PREPROCESSOR,
+    RECEIPT,
+    Loaded,
+)
+from headway.nn.packed import Packed, weights_of
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
 
@@ -44,7 +54,8 @@ def save(
     """Write a model to `target` as `hf` (a folder), `gguf` (a file) or `headway` (a run folder).
 
     Args:
-        dtype: float32, float16, bfloat16; for GGUF also q8_0, q4_0, q4_1. By default as loaded (GGUF: F32 for float32).
+        dtype: float32, float16, bfloat16; for GGUF also q8_0, q4_0, q4_1. By default as loaded, codes too (in
+            GGUF where it has a format for them, else F32).
         family: the model_type to write it as; by default its own, or for a run the first that can express it.
         overwrite: replace what stands there.
 
@@ -57,9 +68,9 @@ def save(
     files.check_target(place, overwrite)
     if form == "headway" and dtype is None:
         return _save_run(loaded, loaded.model.state_dict(), place, None)
-    weights = plain_weights(loaded)
     if form == "gguf":
-        return _save_gguf(loaded, weights, place, dtype, family)
+        return _save_gguf(loaded, place, dtype, family)
+    weights = plain_weights(loaded)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError("--dtype", repr(dtype), f"{', '.join(DTYPES)} for --to {form}")
     cast = None if dtype is None else DTYPES[dtype]
@@ -105,18 +116,14 @@ def _why_not(config: ModelConfig, family: Family) -> str:
 
 
 def plain_weights(loaded: Loaded) -> dict[str, Tensor]:
-    """Every tensor of the model by name, packed ones unpacked to float32."""
-    state = dict(loaded.model.state_dict())
-    unpacked: dict[int, Tensor] = {}  # by the place of their blocks: what is tied stays tied
-    for name, module in loaded.model.named_modules():
-        if isinstance(module, PackedLinear | PackedEmbedding):
-            own = {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
-            state = {key: value for key, value in state.items() if key not in own}
-            place = module.get_buffer("codes0").data_ptr()
-            if place not in unpacked:
-                unpacked[place] = module.packed.unpack()
-            state[f"{name}.weight"] = unpacked[place]
-    return state
+    """Every tensor of the model by name, packed ones unpacked to float32; what is tied is one tensor."""
+    done: dict[int, Tensor] = {}
+    out = {}
+    for name, weight in weights_of(loaded.model).items():
+        if isinstance(weight, Packed) and id(weight) not in done:
+            done[id(weight)] = weight.unpack()
+        out[name] = done[id(weight)] if isinstance(weight, Packed) else weight
+    return out
 
 
 def _with_text(loaded: Loaded, contents: Iterator[tuple[str, files.Content]]) -> Iterator[tuple[str, files.Content]]:
@@ -166,23 +173,26 @@ def _json(value: object) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def _save_gguf(
-    loaded: Loaded,
-    weights: Mapping[str, Tensor],
-    place: Path,
-    dtype: str | None,
-    model_type: str | None,
-) -> Path:
+def _save_gguf(loaded: Loaded, place: Path, dtype: str | None, model_type: str | None) -> Path:
+    """Matrices in codes stay as they are where GGUF has a format for them and no dtype is asked for."""
+    weights = weights_of(loaded.model) if dtype is None else plain_weights(loaded)
     asked = _stored(weights) if dtype is None else dtype
     kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(asked, asked.upper())
     if kind not in FORMATS:
         raise ConfigError("--dtype", repr(asked), f"one of {', '.join(name.lower() for name in FORMATS)}")
     chosen, _ = family_for(loaded, model_type)
     vocabulary = gguf_vocabulary(loaded, chosen)
+    if loaded.receipt and dtype is None:
+        vocabulary[GGUF_RECEIPT] = json.dumps(loaded.receipt)
     chunks = gguf_chunks(loaded.config, weights, chosen, kind=kind, name=place.stem, vocabulary=vocabulary, types=TYPES)
     files.make_dir(place.absolute().parent)
     files.atomic_write(place, chunks)
     return place
+
+
+def check_gguf(loaded: Loaded) -> None:
+    """Whether a model can become a GGUF file, before any work. Raises ConfigError, InputError."""
+    gguf_vocabulary(loaded, family_for(loaded)[0])
 
 
 def gguf_vocabulary(loaded: Loaded, family: Family) -> dict[str, object]:
@@ -205,9 +215,10 @@ def gguf_vocabulary(loaded: Loaded, family: Family) -> dict[str, object]:
     return out
 
 
-def _stored(weights: Mapping[str, Tensor]) -> str:
-    """The dtype of the weights."""
-    first = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.float32)
+def _stored(weights: Mapping[str, Tensor | Packed]) -> str:
+    """The dtype of the weights that are in no codes."""
+    plain = (tensor.dtype for tensor in weights.values() if isinstance(tensor, Tensor) and tensor.is_floating_point())
+    first = next(plain, torch.float32)
     return str(first).removeprefix("torch.")
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
+import torch
 from test_loading import published
 
 import headway
+from headway import saving
 from headway.nn.packed import PackedLinear
+from headway.saving import plain_weights
 
 WORDS = ("--calibration-tokens", 64, "--measured-tokens", 64, "--context", 16)
 
@@ -33,6 +37,34 @@ def test_the_receipt_goes_with_the_model(command, model: Path, tmp_path: Path) -
     shown = command("inspect", tmp_path / "small", "--json").json
     assert shown["receipt"]["figures"] == found["figures"]
     assert "loss change" in command("inspect", tmp_path / "small").out
+
+
+@pytest.mark.parametrize("to", ["q8_0", "q4_0", "q4_1"])
+def test_a_gguf_file_holds_the_very_codes(command, model: Path, tmp_path: Path, to: str) -> None:
+    """Read by the gguf package its weights are those that were measured, its scales not ggml's own."""
+    words = ("quantize", model, tmp_path / "small.gguf", "--to", to, "--method", "search", "--force", *WORDS, "--json")
+    said = command(*words)
+    assert said.code == 0
+    again = headway.load(tmp_path / "small.gguf")
+    assert again.receipt["figures"] == said.json["figures"] and again.receipt["scheme"] == to
+    weights = plain_weights(again)
+    file = gguf.GGUFReader(tmp_path / "small.gguf")
+    theirs = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in file.tensors}
+    kinds = {t.name: t.tensor_type.name for t in file.tensors}
+    assert kinds["blk.0.attn_q.weight"] == to.upper() and kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_down.weight"] == "F32"  # 48 columns are not whole blocks
+    for name, ours in {"ffn_down": "feed_forward.down", "attn_output": "attention.output"}.items():
+        found = torch.from_numpy(theirs[f"blk.0.{name}.weight"])
+        assert torch.equal(found, weights[f"decoder.blocks.0.{ours}.weight"])
+    plain = headway.load(saving.save(headway.load(model), tmp_path / "plain.gguf", "gguf", dtype=to))
+    name = "decoder.blocks.0.attention.output.weight"
+    assert not torch.equal(plain_weights(plain)[name], weights[name])
+
+
+@pytest.mark.parametrize("words", [("--group", 64), ("--method", "awq"), ("--asymmetric",)])
+def test_what_gguf_has_no_place_for(command, model: Path, tmp_path: Path, words: tuple[object, ...]) -> None:
+    said = command("quantize", model, tmp_path / "small.gguf", "--to", "q4_0", *words)
+    assert said.code == 2 and "--to int4" in said.err and not (tmp_path / "small.gguf").exists()
 
 
 @pytest.mark.fault("Q11")

@@ -172,8 +172,12 @@ def test_every_instruction_set(level: str) -> None:
     assert isinstance(cache.fused, Fused) and gap(found, known) < 1e-3
 
 
-PATCHES = {"kind": "vision", "embeddings": {"patch": {"size": 4, "image": 16, "first_token": True}}, "vocab_size": 0,
-           "head": {"type": "image-classification", "labels": 5}, "positions": "learned", "norm": "layernorm"}  # fmt: skip
+PATCHES: dict[str, Any] = {
+    "kind": "vision",
+    "vocab_size": 0,
+    "embeddings": {"patch": {"size": 4, "image": 16, "first_token": True}},
+    "head": {"type": "image-classification", "labels": 5},
+}
 WHOLE: dict[str, dict[str, Any]] = {
     "bert": {**FORMS["post"], "kind": "encoder", "head": "masked-lm"},
     "vision": {**FORMS["gpt2"], **PATCHES},

@@ -184,7 +184,7 @@ def gguf_metadata(config: ModelConfig, family: Family) -> tuple[dict[str, object
 
 def gguf_chunks(
     config: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | Packed],
     family: Family,
     *,
     kind: str = "F32",
@@ -196,6 +196,7 @@ def gguf_chunks(
 
     Args:
         kind: format of the matrices (a name of FORMATS); vectors stay F32, and rows that its blocks do not divide too.
+            A packed matrix keeps its own format where GGUF has it.
         name: `general.name`. vocabulary: the `tokenizer.*` metadata, `types` those of its values that
             are not what write_gguf takes them for.
 
@@ -205,26 +206,41 @@ def gguf_chunks(
         raise ConfigError("--dtype", f"{kind!r}", f"one of {', '.join(FORMATS)}")
     said, factors = gguf_metadata(config, family)
     names = dialect(family)
+    tensors = _sources(config, weights, names, kind)
     metadata: dict[str, object] = {
         "general.architecture": names.model_type,
         "general.type": "model",
         "general.name": name,
-        "general.file_type": FORMATS[kind],
+        "general.file_type": FORMATS[_commonest(tensors)],
         "general.quantization_version": 2,
     }
-    tensors = _sources(config, weights, names, kind)
     tensors |= {key: Source("F32", tuple(value.shape), value) for key, value in factors.items()}
     yield from write_gguf(metadata | said | dict(vocabulary or {}), tensors, types)
 
 
-def _sources(config: ModelConfig, weights: Mapping[str, Tensor], names: Family, kind: str) -> dict[str, Source]:
+def _commonest(tensors: Mapping[str, Source]) -> str:
+    """The format of most weights."""
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        counts[tensor.kind] = counts.get(tensor.kind, 0) + math.prod(tensor.shape)
+    return max(counts, key=counts.__getitem__)
+
+
+def _sources(
+    config: ModelConfig, weights: Mapping[str, Tensor | Packed], names: Family, kind: str
+) -> dict[str, Source]:
     """Every tensor of the file, made when its turn comes; experts as one stack."""
     out: dict[str, Source] = {}
     stacks: dict[str, list[tuple[Rule, str]]] = {}
     for rule in plan(names, names.heads[names.model_type], config).rules:
+        held = weights[rule.names[0]]
+        own = held.format if isinstance(held, Packed) else None
         for theirs, shape in rule.leaves():
             if "[" in theirs:
                 stacks.setdefault(_stack(theirs), []).append((rule, theirs))
+                continue
+            if own is not None and len(shape) == 2:
+                out[theirs] = Source(own, shape, partial(_as_they_are, rule, theirs, weights))
                 continue
             fit = kind if len(shape) == 2 and shape[-1] % BLOCKS[kind].size == 0 and "_norm" not in theirs else "F32"
             out[theirs] = Source(fit, shape, partial(_written, [(rule, theirs)], weights, fit))
@@ -235,16 +251,27 @@ def _sources(config: ModelConfig, weights: Mapping[str, Tensor], names: Family, 
     return dict(sorted(out.items(), key=lambda item: _order(item[0])))
 
 
+def _as_they_are(rule: Rule, theirs: str, weights: Mapping[str, Tensor | Packed]) -> Tensor:
+    """The rows of one tensor of the file, blocks of ours: operations on matrices move whole rows (`_blocks`)."""
+    held = weights[rule.names[0]]
+    assert isinstance(held, Packed)
+    return dict(rule.scatter(held.blocks()))[theirs].contiguous()
+
+
 def _order(name: str) -> tuple[int, int, str]:
     """Outer tensors first, then block by block."""
     parts = name.split(".")
     return (1, int(parts[1]), name) if parts[0] == "blk" else (0, 0, name)
 
 
-def _written(parts: list[tuple[Rule, str]], weights: Mapping[str, Tensor], kind: str) -> Tensor:
+def _written(parts: list[tuple[Rule, str]], weights: Mapping[str, Tensor | Packed], kind: str) -> Tensor:
     """The bytes of one tensor of the file."""
-    found = [dict(rule.scatter(weights[rule.names[0]].detach().float()))[theirs] for rule, theirs in parts]
+    found = [dict(rule.scatter(_plain(weights[rule.names[0]])))[theirs] for rule, theirs in parts]
     whole = found[0] if len(found) == 1 and "[" not in parts[0][1] else torch.stack(found)
     if not math.prod(whole.shape):
         raise InputError(parts[0][1], "no values", "a tensor that holds some")
     return quantize(kind, whole.contiguous(), parts[0][1])
+
+
+def _plain(weight: Tensor | Packed) -> Tensor:
+    return weight.unpack() if isinstance(weight, Packed) else weight.detach().float()

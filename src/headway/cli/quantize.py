@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headway.quantization.receipt import Receipt
     from headway.quantization.walk import Scheme
 
+FORMATS_OF_GGUF = ("q8_0", "q4_0", "q4_1")
 _OWN_TEXT = "Python's documentation topics, which lie on every machine"
 
 
@@ -29,10 +30,10 @@ _OWN_TEXT = "Python's documentation topics, which lie on every machine"
 class Options(Common):
     """What `headway quantize` takes: a model and where the smaller one goes."""
 
-    to: Annotated[str, option(help="int8 or int4.")] = "int8"
+    to: Annotated[str, option(help="int8, int4, or a GGUF file: q8_0, q4_0, q4_1.")] = "int8"
     group: Annotated[int, option(min=32, help="Columns that share a scale: 32, 64 or 128.")] = 32
     asymmetric: Annotated[bool, option("--asymmetric", help="A minimum beside each scale, for INT4.")] = False
-    method: Annotated[str | None, option(help="round, search, awq, smooth or gptq [gptq for int4, round].")] = None
+    method: Annotated[str | None, option(help="round, search, awq, smooth or gptq [search; 8 bits: round].")] = None
     data: Annotated[str | None, option(help="Text to calibrate and to measure on [Python's documentation].")] = None
     calibration_tokens: Annotated[int, option(min=1, help="Tokens that calibration reads.")] = 16384
     measured_tokens: Annotated[int, option(min=2, help="Tokens that both models are measured on.")] = 8192
@@ -51,7 +52,9 @@ def run(options: Options) -> None:
     if len(options.paths) != 2:
         found = f"{len(options.paths)} paths"
         raise ConfigError("PATH", found, "a model and DST", "headway quantize PATH DST --to int4")
-    scheme, method = _scheme(options), options.method or ("gptq" if options.to == "int4" else "round")
+    scheme = _scheme(options)
+    method = options.method or ("search" if scheme.blocks.bits == 4 else "round")
+    form = "gguf" if options.to in FORMATS_OF_GGUF else "headway"
     from dataclasses import replace
 
     from headway import files, saving
@@ -64,12 +67,14 @@ def run(options: Options) -> None:
     files.check_target(target, options.overwrite)
     loaded = opened(options.paths[0], options)
     roles(loaded.model)  # refuses a model in codes before any work
+    if form == "gguf":
+        saving.check_gguf(loaded)
     with Display() as display:
         small, paid = _made(loaded, scheme, method, options, display)
     printer = Printer(json=options.json)
     printer.table([*paid.lines(), ("weights", size(paid.bytes_before), f"before, {size(paid.bytes_after)} after")])
     _gate(paid, options)
-    saving.save(replace(loaded, model=small, receipt=paid.as_json()), target, "headway", overwrite=options.overwrite)
+    saving.save(replace(loaded, model=small, receipt=paid.as_json()), target, form, overwrite=options.overwrite)
     printer.say(f"{target}: {options.to} by {method}")
     printer.result({"path": str(target), "to": options.to, **paid.as_json()})
 
@@ -82,8 +87,15 @@ def _scheme(options: Options) -> Scheme:
     if options.group not in (32, 64, 128):
         raise ConfigError("--group", str(options.group), "32, 64 or 128")
     scheme = SCHEMES[options.to]
-    if options.asymmetric and scheme.blocks.bits != 4:
+    if options.to != "int4" and options.asymmetric:
         raise ConfigError("--asymmetric", f"--to {options.to}", "--to int4")
+    if options.to in FORMATS_OF_GGUF:
+        if options.group != 32:
+            raise ConfigError("--group", str(options.group), f"32, which {options.to} has", "--to int4")
+        if options.method in ("awq", "smooth"):
+            expected = f"scales of inputs, for which {options.to} has no place"
+            raise ConfigError("--method", f"{options.method} makes {expected}", "search, gptq or round", "--to int4")
+        return scheme
     return scheme._replace(blocks=scheme.blocks._replace(group=options.group, symmetric=not options.asymmetric))
 
 
@@ -161,5 +173,5 @@ def _gate(paid: Receipt, options: Options) -> None:
     before = (
         f", from {figures['loss_before'].value:.4f} to {figures['loss_after'].value:.4f}" if "kl" in figures else ""
     )
-    fix = "--method gptq, --group 32, --to int8, or --force to keep it"
+    fix = "--method search, --group 32, --to int8, or --force to keep it"
     raise DivergedError("quality", f"{options.to} costs {cost:.4f}{before}", f"at most {options.bound}", fix)

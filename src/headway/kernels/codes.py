@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headway.kernels.ggml import BLOCKS, unpack_blocks
+from headway.kernels.ggml import BLOCKS, pack_codes, unpack_blocks
 
 ROWS = 16  # of W, side by side
 UNROLLED = 1 << 22  # weights at a time while packing
@@ -167,6 +167,24 @@ def from_blocks(kind: str, raw: Tensor) -> CodedMatrix:
                 whole[start // ROWS : start // ROWS + len(some)] = some
     assert out is not None
     return out
+
+
+def block_format(matrix: CodedMatrix) -> str | None:
+    """The ggml format that holds these codes and scales as they are."""
+    for kind in ("Q4_0", "Q4_1", "Q8_0"):
+        form = _FORMS[kind]
+        asked = (form.bits, form.zero or 0, form.zero is None, form.group, torch.float16)
+        found = (matrix.bits, matrix.zero, matrix.minima is not None, matrix.group, matrix.scales.dtype)
+        if asked == found and matrix.shape[1] % form.group == 0:
+            return kind
+    return None
+
+
+def to_blocks(matrix: CodedMatrix) -> Tensor:
+    """The rows of a matrix in its `block_format`, uint8 (R, row_bytes)."""
+    kind, plain = block_format(matrix), matrix.plain()
+    assert kind is not None
+    return pack_codes(kind, plain.codes, plain.scales, plain.minima)
 
 
 def _room(part: CodedMatrix, rows: int) -> CodedMatrix:

@@ -225,6 +225,18 @@ WRITABLE = (*FLOATS, *_PACK)
 """The formats that `quantize` writes."""
 
 
+def pack_codes(kind: str, codes: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+    """Rows of blocks with these very codes and scales, (R, C), (R, C/32) -> uint8 (R, row_bytes).
+
+    Args:
+        kind: Q4_0, Q4_1 or Q8_0. codes: uint8, zero at 8 in Q4_0 and at 128 in Q8_0. scales, minima: float16.
+    """
+    flat = codes.reshape(-1, BLOCKS[kind].size)
+    held = flat ^ 128 if kind == "Q8_0" else _paired(flat)
+    numbers = torch.stack([some.flatten() for some in (scales, minima) if some is not None], 1).view(torch.uint8)
+    return torch.cat([numbers, held], 1).view(len(codes), -1)
+
+
 def _refusal(where: str, kind: str, weights: Tensor) -> InputError:
     """Why a tensor has no finite image in `kind`: its NaN and infinities, or else its largest weight."""
     bad = weights.numel() - int(weights.isfinite().sum())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headway.kernels import steps
-from headway.kernels.codes import CodedMatrix, from_blocks
+from headway.kernels.codes import CodedMatrix, block_format, from_blocks, to_blocks
 from headway.kernels.native import usable
 
 _planes = 1  # of the inputs' codes; 0: none, the weights are unpacked
@@ -62,6 +62,15 @@ class Packed(NamedTuple):
         """From (ggml format, uint8 (rows, row_bytes)) of each group."""
         coded = tuple((kind, from_blocks(kind, raw)) for kind, raw in parts)
         return cls(coded, (sum(part.shape[0] for _, part in coded), coded[0][1].shape[1]))
+
+    @property
+    def format(self) -> str | None:
+        """The ggml format that holds the whole matrix as it is, None where none does."""
+        return block_format(self.parts[0][1]) if len(self.parts) == 1 and self.input_scale is None else None
+
+    def blocks(self) -> Tensor:
+        """Its rows in that format, uint8 (rows, row_bytes)."""
+        return to_blocks(self.parts[0][1])
 
     def unpack(self) -> Tensor:
         """The matrix in float32, (rows, columns)."""
@@ -143,6 +152,18 @@ def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:
     old = parent.get_submodule(leaf)
     new = PackedLinear(packed, old.bias) if isinstance(old, nn.Linear) else PackedEmbedding(packed)
     setattr(parent, leaf, new)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor | Packed]:
+    """The state dict with one `L.weight` for each layer in codes; what is tied is one object."""
+    state: dict[str, Tensor | Packed] = dict(model.state_dict())
+    known: dict[int, Packed] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _PackedModule):
+            for buffer, _ in module.named_buffers():
+                state.pop(f"{name}.{buffer}", None)
+            state[f"{name}.weight"] = known.setdefault(module.get_buffer("codes0").data_ptr(), module.packed)
+    return state
 
 
 def unpacked(weights: Mapping[str, Tensor | Packed], dtype: torch.dtype) -> dict[str, Tensor | Packed]:

@@ -36,10 +36,14 @@ class Scheme(NamedTuple):
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(Grid(8, 32), Grid(8, 32)),
     "int4": Scheme(Grid(4, 32), Grid(8, 32)),
+    "q8_0": Scheme(Grid(8, 32), Grid(8, 32)),
+    "q4_0": Scheme(Grid(4, 32), Grid(8, 32)),
+    "q4_1": Scheme(Grid(4, 32, symmetric=False), Grid(8, 32)),
 }
+"""The last three are what GGUF has formats for: token tables and the layer before the logits are Q8_0 there."""
 METHODS = ("round", "search", "awq", "smooth", "gptq")
-"""Plain rounding; a search of scales; AWQ; SmoothQuant; GPTQ. The last three look at second moments."""
-CALIBRATED = ("awq", "smooth", "gptq")
+"""Plain rounding; a search of scales; AWQ; SmoothQuant; GPTQ. All but the first look at second moments."""
+CALIBRATED = METHODS[1:]
 SHARE = 0.5  # SmoothQuant's alpha
 _ROLES = {
     re.compile(r"(encoder|decoder)\..*\b(qkv|q|kv|output|up|down)"): "blocks",
@@ -78,7 +82,7 @@ def quantized(
 
     Args:
         scheme: of all layers, or {name: its grid, None to leave it in floats}.
-        method: one of METHODS; a layer without moments falls back from those that need them to `search`.
+        method: one of METHODS; a layer without moments gets a search in which all columns count alike.
         progress: told (layers done, layers).
 
     Raises ConfigError: unknown method, a model in codes already. InputError: weights without an image in codes (Q9).
