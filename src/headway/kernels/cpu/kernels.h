@@ -12,6 +12,11 @@ FN Block numbers(const void *from, i64 at, i64 half) {
     return out;
 }
 
+// A tile is what the registers have room for: sums of AT_ONCE rows with BESIDE vectors of a block, each of which then
+// meets each activation as it is loaded.
+static const int AT_ONCE = LEVEL >= 3 ? 8 : 4, BESIDE = LEVEL == 2 ? 2 : 1;
+static const i64 PANEL = 128;  // rows whose codes stay in the second cache while all of W passes
+
 // out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
 template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
     const int QUADS = CHUNK / (BITS == 4 ? 8 : 4);
@@ -29,23 +34,32 @@ template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 
             if (w.minima) minimum = numbers(w.minima, at, w.half);
             left = per_group;
         }
-        for (int p = 0; p < PARTS; ++p) {
-            Sum<BITS> dots[COUNT];
-            for (int r = 0; r < COUNT; ++r) dots[r].begin();
+        for (int p = 0; p < PARTS; p += BESIDE) {
+            Sum<BITS> dots[COUNT][BESIDE];
+            for (int r = 0; r < COUNT; ++r)
+                for (int b = 0; b < BESIDE; ++b) dots[r][b].begin();
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; ++q) {
-                const Codes both = load<Codes>(codes + q * 64 + p * WIDTH), low = BITS == 4 ? low_halves(both) : both;
-                for (int r = 0; r < COUNT; ++r) dots[r].add(low, a + r * width + 4 * q);
-                if (BITS != 4) continue;
-                const Codes high = high_halves(both);
-                for (int r = 0; r < COUNT; ++r) dots[r].add(high, a + r * width + 4 * q + CHUNK / 2);
+                Codes low[BESIDE], high[BESIDE];
+                for (int b = 0; b < BESIDE; ++b) {
+                    const Codes both = load<Codes>(codes + q * 64 + (p + b) * WIDTH);
+                    low[b] = BITS == 4 ? low_halves(both) : both;
+                    high[b] = BITS == 4 ? high_halves(both) : both;
+                }
+                for (int r = 0; r < COUNT; ++r) {
+                    const int8_t *from = a + r * width + 4 * q;
+                    for (int b = 0; b < BESIDE; ++b) dots[r][b].add(low[b], from);
+                    for (int b = 0; BITS == 4 && b < BESIDE; ++b) dots[r][b].add(high[b], from + CHUNK / 2);
+                }
             }
             for (int r = 0; r < COUNT; ++r) {
                 const float a_scale = a_scales[r * chunks + c];
                 const int32_t a_sum = a_sums[r * chunks + c], off = ((int32_t)w.zero - Sum<BITS>::SHIFT) * a_sum;
-                Floats &total = totals[r].parts[p];
-                total += to_floats(dots[r].total() - off) * (scale.parts[p] * a_scale);
-                if (w.minima) total += minimum.parts[p] * (a_scale * (float)a_sum);
+                for (int b = 0; b < BESIDE; ++b) {
+                    Floats &total = totals[r].parts[p + b];
+                    total += to_floats(dots[r][b].total() - off) * (scale.parts[p + b] * a_scale);
+                    if (w.minima) total += minimum.parts[p + b] * (a_scale * (float)a_sum);
+                }
             }
         }
     }
@@ -53,6 +67,7 @@ template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 
 }
 
 template <int BITS, int CHUNK> TARGET void tiles(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
+    for (; LEVEL >= 3 && count >= 8; count -= 8, row += 8, out += 8) tile<BITS, CHUNK, LEVEL >= 3 ? 8 : 4>(w, block, in, row, out);
     for (; count >= 4; count -= 4, row += 4, out += 4) tile<BITS, CHUNK, 4>(w, block, in, row, out);
     for (; count >= 2; count -= 2, row += 2, out += 2) tile<BITS, CHUNK, 2>(w, block, in, row, out);
     if (count) tile<BITS, CHUNK, 1>(w, block, in, row, out);
@@ -116,12 +131,13 @@ FN Floats activate(Floats x, i64 activation) {
 
 FN i64 width_of(const Linear &l) { return l.gated ? l.weight.rows / 2 : l.weight.rows; }
 
-// Items: 16 columns of the output.
+// Items: 16 columns of the output for a panel of rows, one panel after the other.
 TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
-    const i64 width = width_of(l), planes = l.in.planes, AT_ONCE = 4;
-    for (i64 item = begin; item < end; ++item) {
-        for (i64 t = 0; t < T; t += AT_ONCE) {
-            const int count = (int)(T - t < AT_ONCE ? T - t : AT_ONCE);
+    const i64 width = width_of(l), planes = l.in.planes, across = (width + ROWS - 1) / ROWS;
+    for (i64 at = begin; at < end; ++at) {
+        const i64 item = at % across, first = at / across * PANEL, last = first + PANEL < T ? first + PANEL : T;
+        for (i64 t = first; t < last; t += AT_ONCE) {
+            const int count = (int)(last - t < AT_ONCE ? last - t : AT_ONCE);
             Block sums[2][2 * AT_ONCE];
             for (int half = 0; half < (l.gated ? 2 : 1); ++half)
                 multiply(l.weight, item + half * (width / ROWS), l.in, t * planes, count * (int)planes, sums[half]);
@@ -222,7 +238,7 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
 TARGET static i64 item_count(const Step &step, i64 T) {
     if (step.kind == NORM || step.kind == HEADS) return T;
     if (step.kind == ATTEND) return (T + QUERIES - 1) / QUERIES * ((const Attend *)step.what)->N;
-    return (width_of(*(const Linear *)step.what) + ROWS - 1) / ROWS;
+    return (width_of(*(const Linear *)step.what) + ROWS - 1) / ROWS * ((T + PANEL - 1) / PANEL);
 }
 
 TARGET static void run_step(const Step &step, i64 T, i64 begin, i64 end, i64 thread) {
