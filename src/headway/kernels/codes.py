@@ -27,6 +27,7 @@ ROWS = 16  # of W, side by side
 UNROLLED = 1 << 22  # weights at a time while packing
 ROUNDED = 127
 FINE = 128  # the second plane's step is so much smaller
+TINY = 1e-34  # a chunk without larger numbers is zero: the inverse of its step would overflow
 
 
 class CodedMatrix(NamedTuple):
@@ -218,7 +219,7 @@ def code_rows(x_TC: Tensor, chunk: int, planes: int) -> CodedRows:
     top = x.abs().amax(-1)
     finite = x.isfinite().all(-1)
     # A tensor, since torch divides a number by a tensor through its inverse, which rounds twice.
-    inverse = torch.where((top > 0) & finite, torch.tensor(float(ROUNDED), device=x.device) / top, 0.0)
+    inverse = torch.where((top > TINY) & finite, torch.tensor(float(ROUNDED), device=x.device) / top, 0.0)
     steps = torch.where(finite, torch.where(inverse > 0, top / ROUNDED, 0.0), torch.nan)
     scaled = torch.where(finite[..., None], x, 0.0) * (inverse * (FINE if planes == 2 else 1))[..., None]
     codes = scaled.round().int()

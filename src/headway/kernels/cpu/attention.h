@@ -2,12 +2,6 @@
 
 static const int QUERIES = 4;  // of one head, that read each key and value together
 
-FN float sum_of(Floats v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
-}
-
 FN uint16_t float_to_half(float value) {
 #if LEVEL >= 2
     return (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
@@ -82,40 +76,57 @@ struct View {
     bool whole;
 };
 
-// scores[r][s] = q[r] k[s] for `count` queries; each key is read once for all of them.
-TARGET static void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
+// scores[s] = q k[s].
+TARGET static void scores_of(const float *q, const View &v, i64 H, float *scores) {
     const i64 whole = H / LANES * LANES;
-    for (i64 s = 0; s < v.S; ++s) {
-        Floats sums[QUERIES] = {};
+    i64 s = 0;
+    for (; s + LANES <= v.S; s += LANES) {
+        Floats sums[LANES] = {};
         for (i64 i = 0; i < whole; i += LANES) {
-            const Floats k = numbers_at(v.keys, s * v.stride + i, v.half);
-            for (int r = 0; r < count; ++r) sums[r] += k * load<Floats>(q + r * q_stride + i);
+            const Floats some = load<Floats>(q + i);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; ++j) sums[j] += some * numbers_at(v.keys, (s + j) * v.stride + i, v.half);
         }
-        for (int r = 0; r < count; ++r) {
-            float sum = sum_of(sums[r]);
-            for (i64 i = whole; i < H; ++i) sum += number_at(v.keys, s * v.stride + i, v.half) * q[r * q_stride + i];
-            scores[r * v.S + s] = sum;
-        }
+        store(scores + s, sums_of(sums));
     }
+    for (i64 at = s; at < v.S; ++at) {
+        Floats sum = {};
+        for (i64 i = 0; i < whole; i += LANES) sum += load<Floats>(q + i) * numbers_at(v.keys, at * v.stride + i, v.half);
+        scores[at] = sum_of(sum);
+    }
+    for (i64 at = 0; at < v.S; ++at)
+        for (i64 i = whole; i < H; ++i) scores[at] += number_at(v.keys, at * v.stride + i, v.half) * q[i];
 }
 
-// out[r] = sum over s of weights[r][s] v[s].
-TARGET static void gather(const float *weights, int count, const View &v, i64 H, float *out, i64 stride) {
-    i64 i = 0;
-    for (; i + LANES <= H; i += LANES) {
-        Floats sums[QUERIES] = {};
-        for (i64 s = 0; s < v.S; ++s) {
-            const Floats value = numbers_at(v.values, s * v.stride + i, v.half);
-            for (int r = 0; r < count; ++r) sums[r] += value * weights[r * v.S + s];
-        }
-        for (int r = 0; r < count; ++r) store(out + r * stride + i, sums[r]);
+// out[r] = sum over s of weights[r][s] v[s], for COUNT rows and WIDE vectors of each at a time.
+template <int COUNT, int WIDE> TARGET void gather_some(const float *weights, const View &v, i64 i, float *out, i64 stride) {
+    Floats sums[COUNT][WIDE] = {};
+    for (i64 s = 0; s < v.S; ++s) {
+        Floats values[WIDE];
+        for (int w = 0; w < WIDE; ++w) values[w] = numbers_at(v.values, s * v.stride + i + w * LANES, v.half);
+        for (int r = 0; r < COUNT; ++r)
+            for (int w = 0; w < WIDE; ++w) sums[r][w] += values[w] * weights[r * v.S + s];
     }
+    for (int r = 0; r < COUNT; ++r)
+        for (int w = 0; w < WIDE; ++w) store(out + r * stride + i + w * LANES, sums[r][w]);
+}
+
+template <int COUNT> TARGET void gather_rows(const float *weights, const View &v, i64 H, float *out, i64 stride) {
+    const int WIDE = COUNT == 1 ? 4 : 2;
+    i64 i = 0;
+    for (; i + WIDE * LANES <= H; i += WIDE * LANES) gather_some<COUNT, WIDE>(weights, v, i, out, stride);
+    for (; i + LANES <= H; i += LANES) gather_some<COUNT, 1>(weights, v, i, out, stride);
     for (; i < H; ++i)
-        for (int r = 0; r < count; ++r) {
+        for (int r = 0; r < COUNT; ++r) {
             float sum = 0;
             for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.S + s] * number_at(v.values, s * v.stride + i, v.half);
             out[r * stride + i] = sum;
         }
+}
+
+TARGET static void gather(const float *weights, int count, const View &v, i64 H, float *out, i64 stride) {
+    if (count == QUERIES) return gather_rows<QUERIES>(weights, v, H, out, stride);
+    for (int r = 0; r < count; ++r) gather_rows<1>(weights + r * v.S, v, H, out + r * stride, stride);
 }
 
 FN bool sees(const Attend &a, i64 position, i64 column) {
@@ -207,7 +218,7 @@ TARGET static void attend(const Attend &a, i64 T, i64 begin, i64 end, i64 thread
             count = 1;
             while (t + count < last && a.rows[3 * (t + count)] == a.rows[3 * t]) ++count;
             const View v = view_of(a, t, count, n);
-            scores_of(a.q + t * a.q_stride + n * a.H, a.q_stride, count, v, a.H, scores);
+            for (int r = 0; r < count; ++r) scores_of(a.q + (t + r) * a.q_stride + n * a.H, v, a.H, scores + r * v.S);
             for (int r = 0; r < count; ++r) weigh(scores + r * v.S, v, a.rows[3 * (t + r) + 1], a, bias);
             gather(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, a.N * a.H);
         }

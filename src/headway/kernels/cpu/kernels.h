@@ -15,7 +15,7 @@ FN Block numbers(const void *from, i64 at, i64 half) {
 // A tile is what the registers have room for: sums of AT_ONCE rows with BESIDE vectors of a block, each of which then
 // meets each activation as it is loaded.
 static const int AT_ONCE = LEVEL >= 3 ? 8 : 4, BESIDE = LEVEL == 2 ? 2 : 1;
-static const i64 PANEL = 128;  // rows whose codes stay in the second cache while all of W passes
+static const i64 PANEL = 16;  // rows whose codes stay in the first cache while all of W passes
 
 // out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
 template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
@@ -163,31 +163,36 @@ TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
     }
 }
 
-// One chunk of x in codes; returns its step: 0 where all is zero, NaN (and codes of zero) where x is not finite.
-TARGET static float code_chunk(const float *x, i64 n, i64 chunk, i64 planes, int8_t *codes, i64 plane, int32_t *sums, i64 next) {
-    float top = 0, bad = 0;
-    for (i64 i = 0; i < n; ++i) {
-        const float size = x[i] < 0 ? -x[i] : x[i];
-        top = size > top ? size : top;
-        bad += x[i] * 0.0f;
+static const float TINY = 1e-34f;  // what is smaller is zero: the inverse of its step would overflow
+
+// One chunk of x, `chunk` numbers, in codes; returns its step: 0 where all is zero, NaN (and codes of zero) where x is not
+// finite.
+TARGET static float code_chunk(const float *x, i64 chunk, i64 planes, int8_t *codes, i64 plane, int32_t *sums, i64 next) {
+    const Ints no_sign = splat(0x7FFFFFFF);
+    Ints largest = {};  // sizes of floats are in the order of their bits
+    for (i64 i = 0; i < chunk; i += LANES) {
+        const Ints size = load<Ints>(x + i) & no_sign;
+        largest = size > largest ? size : largest;
     }
-    const float inverse = top > 0 && bad == 0 ? 127.0f / top : 0.0f, fine = planes == 2 ? inverse * 128.0f : inverse;
-    int32_t high_sum = 0, low_sum = 0;
-    const i64 coded = inverse > 0 ? n : 0;
-    for (i64 i = 0; i < coded; ++i) {
-        const int32_t code = (int32_t)__builtin_nearbyintf(x[i] * fine), high = planes == 2 ? (code + 64) >> 7 : code;
-        codes[i] = (int8_t)high;
+    int32_t bits = 0;
+    for (int lane = 0; lane < LANES; ++lane) bits = largest[lane] > bits ? largest[lane] : bits;
+    if (bits >= 0x7F800000) bits = 0x7FC00000;  // infinity is no more than NaN here
+    float top;
+    __builtin_memcpy(&top, &bits, sizeof top);
+    const float inverse = top > TINY ? 127.0f / top : 0.0f;
+    const float fine = planes == 2 ? inverse * 128.0f : inverse;
+    Ints high_sum = {}, low_sum = {};
+    for (i64 i = 0; i < chunk; i += LANES) {
+        const Ints code = inverse > 0 ? nearest(load<Floats>(x + i) * fine) : Ints{}, high = planes == 2 ? (code + 64) >> 7 : code;
+        store(codes + i, __builtin_convertvector(high, Bytes));
         high_sum += high;
-        if (planes == 2) {
-            codes[plane + i] = (int8_t)(code - high * 128);
-            low_sum += code - high * 128;
-        }
+        if (planes != 2) continue;
+        store(codes + plane + i, __builtin_convertvector(code - high * 128, Bytes));
+        low_sum += code - high * 128;
     }
-    for (i64 p = 0; p < planes; ++p)
-        for (i64 i = coded; i < chunk; ++i) codes[p * plane + i] = 0;
-    sums[0] = high_sum;
-    if (planes == 2) sums[next] = low_sum;
-    return (inverse > 0 ? top / 127.0f : 0.0f) + bad;
+    sums[0] = total_of(high_sum);
+    if (planes == 2) sums[next] = total_of(low_sum);
+    return inverse > 0 ? top / 127.0f : top == top ? 0.0f : top;
 }
 
 // What normalising takes off each of n numbers, and what it multiplies them by.
@@ -214,7 +219,7 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
         const Statistics of = statistics_of(x, D, n.normalization, n.eps);
         for (i64 c = 0; c < chunks; ++c) {
             const i64 at = c * chunk, rest = D - at, count = rest < chunk ? rest : chunk;
-            float y[32];
+            float y[32] = {};
             for (i64 i = 0; i < count; ++i) y[i] = (x[at + i] - of.mean) * of.factor;
             for (i64 i = 0; n.weight && i < count; ++i) y[i] *= n.weight[at + i];
             for (i64 i = 0; n.bias && i < count; ++i) y[i] += n.bias[at + i];
@@ -226,7 +231,7 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
             if (!n.codes.codes) continue;
             const i64 first = t * planes * chunks + c;
             float *scales = n.codes.scales + first;
-            *scales = code_chunk(y, count, chunk, planes, n.codes.codes + t * planes * chunks * chunk + at, chunks * chunk,
+            *scales = code_chunk(y, chunk, planes, n.codes.codes + t * planes * chunks * chunk + at, chunks * chunk,
                                  n.codes.sums + first, chunks);
             if (planes == 2) scales[chunks] = *scales / 128.0f;
         }

@@ -15,6 +15,7 @@ typedef float Floats VECTOR;
 typedef int32_t Ints VECTOR;
 typedef int16_t Shorts VECTOR;
 typedef uint16_t Words VECTOR;
+typedef int8_t Bytes __attribute__((vector_size(WIDTH / 4)));
 typedef uint8_t Codes VECTOR;  // four consecutive codes for each of LANES rows
 
 template <class V> FN V load(const void *from) {
@@ -28,6 +29,59 @@ template <class V> FN void store(void *to, V value) { __builtin_memcpy(to, &valu
 FN Floats splat(float value) { return value - Floats{}; }
 FN Ints splat(int32_t value) { return value - Ints{}; }
 FN Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
+
+// The nearest integers, halves to even.
+FN Ints nearest(Floats value) {
+#if LEVEL >= 3
+    return (Ints)_mm512_cvtps_epi32((__m512)value);
+#elif LEVEL == 2
+    return (Ints)_mm256_cvtps_epi32((__m256)value);
+#elif HEADWAY_X86
+    return (Ints)_mm_cvtps_epi32((__m128)value);
+#else
+    Ints out;
+    for (int i = 0; i < LANES; ++i) out[i] = (int32_t)__builtin_nearbyintf(value[i]);
+    return out;
+#endif
+}
+
+FN float sum_of(Floats v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+FN int32_t total_of(Ints v) {
+    int32_t total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+#if LEVEL >= 2
+FN __m256 eight_sums(const __m256 *v) {
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+#endif
+
+// The sums of LANES vectors, as one.
+FN Floats sums_of(const Floats *v) {
+#if LEVEL >= 3
+    __m256 halves[16];
+    for (int i = 0; i < 16; ++i) {
+        const __m512 whole = (__m512)v[i];
+        halves[i] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    }
+    return (Floats)_mm512_insertf32x8(_mm512_castps256_ps512(eight_sums(halves)), eight_sums(halves + 8), 1);
+#elif LEVEL == 2
+    return (Floats)eight_sums((const __m256 *)v);
+#else
+    Floats out;
+    for (int i = 0; i < LANES; ++i) out[i] = sum_of(v[i]);
+    return out;
+#endif
+}
 
 FN Codes low_halves(Codes pairs) { return pairs & 15; }
 FN Codes high_halves(Codes pairs) { return (Codes)(((Words)pairs >> 4) & 0x0F0F); }
@@ -108,7 +162,13 @@ template <int BITS> struct Sum {
 #endif
     }
 
-    TARGET void add_pairs(Shorts pairs) { ints = BITS == 4 ? (Ints)((Shorts)ints + pairs) : ints + widened(pairs); }
+    TARGET void add_pairs(Shorts pairs) {
+        ints = BITS == 4 ? (Ints)((Shorts)ints + pairs) : ints + widened(pairs);
+#if LEVEL >= 2
+        // Else the compiler puts all additions of a chunk behind its products, for which there are no registers.
+        asm("" : "+v"(ints));
+#endif
+    }
 
     TARGET static Ints widened(Shorts pairs) {
 #if LEVEL >= 3
