@@ -15,6 +15,7 @@ from headway.kernels import codes, steps
 from headway.kernels.codes import CODED, CodedMatrix, Codes, code_rows, from_blocks, lay_out, product
 from headway.kernels.ggml import BLOCKS, dequantize
 from headway.kernels.native import twins_only
+from headway.nn.feed_forward import ACTIVATIONS
 
 SIZES = st.integers(1, 70)
 
@@ -141,3 +142,20 @@ def test_threads_share_the_work_and_change_nothing(level: str) -> None:
 
 def test_a_level_that_is_not_there_is_refused() -> None:
     assert not steps.use_level("avx1024")
+
+
+@every_level
+@pytest.mark.parametrize("name", steps.ACTIVATIONS)
+def test_activations(level: str, name: str) -> None:
+    """Beside the formula in float64; what is no number stays none, and infinity goes where the formula sends it."""
+    matrix = lay_out(Codes(torch.eye(32, dtype=torch.uint8), torch.ones(32, 1), None, 0), 7, 32, 32)
+    x = torch.randn(60, 32) * 6
+    x[0, 3], buffers = torch.nan, steps.Buffers()
+    codes, out = buffers.codes(60, 32, 32, 2), torch.empty(60, 32)
+    norm = steps.Norm(source=x.data_ptr(), columns=32, source_stride=32, codes=codes)
+    numbers = (32, 0, steps.ACTIVATIONS.index(name), 0)
+    linear = steps.Linear(steps.described(matrix, None), codes, out.data_ptr(), *numbers)
+    with forced(level):
+        steps.Program([norm, linear]).run(60)
+    known = x.double() if name == "none" else ACTIVATIONS[name](x.double())
+    assert out[0].isnan().all() and torch.allclose(out[1:].double(), known[1:], atol=2e-3, rtol=1e-3)

@@ -9,6 +9,7 @@ from torch import Tensor
 from headway.errors import InputError
 from headway.kernels.ggml import dequantize, quantize
 from headway.quantization import scaling
+from headway.quantization.calibration import Moments
 from headway.quantization.compensation import compensated
 from headway.quantization.rounding import Grid, Steps, check_matrix, round_to, steps_of
 from headway.quantization.walk import in_codes, packed
@@ -89,12 +90,13 @@ def test_input_scales_leave_the_product_alone(method: str) -> None:
     torch.manual_seed(4)
     matrix, x = torch.randn(48, 128), inputs(128)
     moments = x.T @ x / len(x)
-    made = in_codes(matrix, Grid(8, 32), method, moments)
+    both = Moments(moments, moments.diagonal())
+    made = in_codes(matrix, Grid(8, 32), method, both)
     assert made.input_scale is not None
     assert (made.unpack() - matrix).abs().max() < 0.05 * matrix.abs().max()
     if method == "awq":
         grid = Grid(4, 32)
-        scale = scaling.searched(matrix, moments, grid)
+        scale = scaling.searched(matrix, both, grid)
         scaled = rounded(matrix * scale, grid) / scale
         assert cost(matrix, scaled, moments) < 0.9 * cost(matrix, rounded(matrix, grid), moments)
 

@@ -33,7 +33,7 @@ class Options(Common):
     to: Annotated[str, option(help="int8, int4, or a GGUF file: q8_0, q4_0, q4_1.")] = "int8"
     group: Annotated[int, option(min=32, help="Columns that share a scale: 32, 64 or 128.")] = 32
     asymmetric: Annotated[bool, option("--asymmetric", help="A minimum beside each scale, for INT4.")] = False
-    method: Annotated[str | None, option(help="round, search, awq, smooth or gptq [search; 8 bits: round].")] = None
+    method: Annotated[str | None, option(help="round, search, awq, smooth or gptq [gptq; 8 bits: round].")] = None
     data: Annotated[str | None, option(help="Text to calibrate and to measure on [Python's documentation].")] = None
     calibration_tokens: Annotated[int, option(min=1, help="Tokens that calibration reads.")] = 16384
     measured_tokens: Annotated[int, option(min=2, help="Tokens that both models are measured on.")] = 8192
@@ -53,7 +53,7 @@ def run(options: Options) -> None:
         found = f"{len(options.paths)} paths"
         raise ConfigError("PATH", found, "a model and DST", "headway quantize PATH DST --to int4")
     scheme = _scheme(options)
-    method = options.method or ("search" if scheme.blocks.bits == 4 else "round")
+    method = options.method or ("gptq" if scheme.blocks.bits == 4 else "round")
     form = "gguf" if options.to in FORMATS_OF_GGUF else "headway"
     from dataclasses import replace
 
@@ -173,5 +173,5 @@ def _gate(paid: Receipt, options: Options) -> None:
     before = (
         f", from {figures['loss_before'].value:.4f} to {figures['loss_after'].value:.4f}" if "kl" in figures else ""
     )
-    fix = "--method search, --group 32, --to int8, or --force to keep it"
+    fix = "--method gptq, --group 32, --to int8, or --force to keep it"
     raise DivergedError("quality", f"{options.to} costs {cost:.4f}{before}", f"at most {options.bound}", fix)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headway.quantization.calibration import Moments
 from headway.quantization.rounding import Grid, round_to, steps_of
 
 EXPONENTS = tuple(place / 10 for place in range(11))  # the paper's grid is 20 steps; its optimum is flat
@@ -22,16 +23,16 @@ def balanced(matrix: Tensor, sizes: Tensor, exponent: float) -> Tensor:
     return _centred(sizes.clamp_min(1e-5) ** exponent / largest ** (1 - exponent))
 
 
-def searched(matrix: Tensor, moments: Tensor, grid: Grid) -> Tensor:
+def searched(matrix: Tensor, moments: Moments, grid: Grid) -> Tensor:
     """s of (C,) with the least error at the layer's output, after AWQ's rule s = sizes^a."""
-    sizes = moments.diagonal().sqrt()
+    sizes = moments.squares.sqrt()
     best, least = torch.ones_like(sizes), float("inf")
     for exponent in EXPONENTS:
         tried = _centred(sizes.clamp_min(1e-5) ** exponent)
         scaled = matrix.float() * tried
         codes = round_to(scaled, grid, steps_of(scaled, grid, searched=False))
         off = codes.weights(grid.group) / tried - matrix
-        error = float(((off @ moments) * off).sum())
+        error = float(((off @ moments.products) * off).sum())
         if error < least:
             best, least = tried, error
     return best

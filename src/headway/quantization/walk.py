@@ -22,6 +22,7 @@ from headway.nn import Transformer
 from headway.nn.heads import LanguageModelHead
 from headway.nn.packed import Packed, PackedEmbedding, PackedLinear
 from headway.quantization import scaling
+from headway.quantization.calibration import Moments
 from headway.quantization.compensation import compensated
 from headway.quantization.rounding import Grid, check_matrix, round_to, steps_of
 
@@ -75,7 +76,7 @@ def quantized(
     model: Transformer,
     scheme: Scheme | Mapping[str, Grid | None],
     method: str,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transformer:
     """A model of the same weights in codes; what the walk leaves alone is shared with the old one.
@@ -104,19 +105,20 @@ def quantized(
     return Transformer.of(model.config, weights)
 
 
-def in_codes(matrix: Tensor, grid: Grid, method: str, moments: Tensor | None) -> Packed:
-    """One matrix (R, C) by a method; moments (C, C) or None."""
+def in_codes(matrix: Tensor, grid: Grid, method: str, moments: Moments | None) -> Packed:
+    """One matrix (R, C) by a method."""
     scale = None
     if moments is None:
         codes = round_to(matrix, grid, steps_of(matrix, grid, searched=method != "round" and grid.bits < 8))
     elif method == "gptq":
-        codes = compensated(matrix, moments, grid)
+        codes = compensated(matrix, moments.products, grid)
     elif method in ("awq", "smooth"):
-        sizes = moments.diagonal().sqrt()
-        scale = scaling.searched(matrix, moments, grid) if method == "awq" else scaling.balanced(matrix, sizes, SHARE)
-        codes = _important(matrix * scale, grid, moments.diagonal() / scale**2, searched=grid.bits < 8)
+        sizes = moments.squares.sqrt()
+        is_awq = method == "awq"
+        scale = scaling.searched(matrix, moments, grid) if is_awq else scaling.balanced(matrix, sizes, SHARE)
+        codes = _important(matrix * scale, grid, moments.squares / scale**2, searched=grid.bits < 8)
     else:
-        codes = _important(matrix, grid, moments.diagonal(), searched=method == "search" and grid.bits < 8)
+        codes = _important(matrix, grid, moments.squares, searched=method == "search" and grid.bits < 8)
     return packed(codes, grid, None if scale is None else 1 / scale)
 
 

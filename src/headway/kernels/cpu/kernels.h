@@ -86,7 +86,7 @@ FN Floats exponential(Floats x) {
     x = x > 88.0f ? splat(88.0f) : x;
     x = x < -87.0f ? splat(-87.0f) : x;
     Ints n = __builtin_convertvector(x * 1.44269504088896341f + (x < 0 ? splat(-0.5f) : splat(0.5f)), Ints);
-    const Floats whole = to_floats(n), r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    const Floats whole = to_floats(n), r = apart(x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     Floats p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -116,8 +116,8 @@ FN Floats erfc_positive(Floats x) {
 
 FN Floats activate(Floats x, i64 activation) {
     switch (activation) {
-    case RELU: return x > 0 ? x : x * 0.0f;
-    case RELU2: return x > 0 ? x * x : x * 0.0f;
+    case RELU: return x < 0 ? Floats{} : x;  // NaN stays what it is
+    case RELU2: return x < 0 ? Floats{} : x * x;
     case SILU: return x * sigmoid(x);
     case QUICK_GELU: return x * sigmoid(1.702f * x);
     case GELU_TANH: return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));  // tanh(z) = 2 sigmoid(2 z) - 1

@@ -83,6 +83,13 @@ FN Floats sums_of(const Floats *v) {
 #endif
 }
 
+// A sum that is not merged with what it is added to.
+#if defined(__has_builtin) && __has_builtin(__builtin_assoc_barrier)
+FN Floats apart(Floats value) { return __builtin_assoc_barrier(value); }
+#else
+FN Floats apart(Floats value) { return value; }
+#endif
+
 FN Codes low_halves(Codes pairs) { return pairs & 15; }
 FN Codes high_halves(Codes pairs) { return (Codes)(((Words)pairs >> 4) & 0x0F0F); }
 

@@ -1,0 +1,251 @@
+"""Headway in codes beside its peers on this machine: rounds in which each takes its turn, medians, ratios.
+
+    python benchmarks/peers.py decode prefill batch pair embed vision [--rounds 5] [--threads 2]
+
+decode, prefill, batch: SmolLM2-135M in Q8_0, Q4_0 and Q4_1 against llama.cpp's own loop (package xllamacpp), which
+reads the same files and tells its own times. pair: an encoder-decoder of flan-t5-small's shape, random weights in INT8,
+against transformers in float32 and CTranslate2 in INT8 where that is installed. embed: all-MiniLM in INT8 against
+transformers in float32, sorted and batched as sentence-transformers does. vision: a ViT-S/16 with random weights.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import clock, gemm_peak, report
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "real"))
+
+from real_data import minilm, smollm2, wikitext
+
+import headway
+from headway import saving
+from headway.generation import GenerationOptions, generate
+from headway.nn import Transformer
+from headway.quantization.walk import SCHEMES, quantized
+
+KINDS = ("q8_0", "q4_0", "q4_1")
+WRITTEN = 128  # tokens a run of decoding writes
+
+
+def in_turn(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+    """Each call's figure, once to warm up and then once a round in turn: medians, and lowest and highest."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
+        for name, call in calls.items():
+            figure = call()
+            if round_:
+                found[name].append(figure)
+    rows = {
+        name: [round(x, 2) for x in (statistics.median(some), min(some), max(some))] for name, some in found.items()
+    }
+    print(rows, flush=True)
+    ours = rows["headway"][0]
+    return {**rows, "ratios": {name: round(ours / row[0], 2) for name, row in rows.items() if name != "headway"}}
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, asked over its own server; the times are those that it tells."""
+
+    def __init__(self, path: Path, threads: int, rows: int = 1) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_gpu_layers, params.n_parallel = str(path), 1024 * rows, 0, rows
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self._server = xllamacpp.Server(params)
+        self.address = self._server.listening_address.split("//")[1]
+
+    def ask(self, ids: list[int], count: int) -> dict[str, float]:
+        line = http.client.HTTPConnection(self.address)
+        body = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+        line.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+        timings: dict[str, float] = json.loads(line.getresponse().read())["timings"]
+        return timings
+
+
+def gguf_files(folder: Path) -> dict[str, Path]:
+    plain = headway.load(smollm2(), dtype="float32")
+    return {kind: saving.save(plain, folder / f"{kind}.gguf", "gguf", dtype=kind) for kind in KINDS}
+
+
+def seconds(loaded: headway.Loaded, prompts: list[list[int]], count: int, beams: int = 1) -> float:
+    how = {"beams": beams} if beams > 1 else {"temperature": 0.0}
+    options = GenerationOptions(max_tokens=count, min_tokens=count, batch_size=len(prompts), **how)
+    return clock(lambda: generate(loaded.model, loaded.words, prompts, options))
+
+
+def decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    out = {}
+    for kind, path in gguf_files(folder).items():
+        loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
+        prompt = loaded.words.encode(wikitext("test")[:200])[:16]
+        calls = {
+            "headway": lambda: (WRITTEN - 1) / (seconds(loaded, [prompt], WRITTEN) - seconds(loaded, [prompt], 1)),  # noqa: B023
+            "llama.cpp": lambda: peer.ask(prompt, WRITTEN)["predicted_per_second"],  # noqa: B023
+        }
+        out[kind] = in_turn(calls, args.rounds)
+    return out
+
+
+def prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    out = {}
+    for kind, path in gguf_files(folder).items():
+        loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
+        prompt = loaded.words.encode(wikitext("test")[:6000])[:512]
+        calls = {
+            "headway": lambda: 512 / seconds(loaded, [prompt], 1),  # noqa: B023
+            "llama.cpp": lambda: peer.ask(prompt, 1)["prompt_per_second"],  # noqa: B023
+        }
+        out[kind] = in_turn(calls, args.rounds)
+    return out
+
+
+def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens a second of all rows together; llama.cpp's slots are asked at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    path, out = gguf_files(folder)["q8_0"], {}
+    loaded = headway.load(path)
+    prompt = loaded.words.encode(wikitext("test")[:200])[:16]
+    for rows in (4, 16):
+        peer = LlamaCpp(path, args.threads, rows)
+
+        def theirs() -> float:
+            with ThreadPoolExecutor(rows) as pool:  # noqa: B023
+                begin = time.perf_counter()
+                list(pool.map(lambda _: peer.ask(prompt, WRITTEN), range(rows)))  # noqa: B023
+            return rows * WRITTEN / (time.perf_counter() - begin)  # noqa: B023
+
+        calls = {"headway": lambda: rows * WRITTEN / seconds(loaded, [prompt] * rows, WRITTEN), "llama.cpp": theirs}  # noqa: B023
+        out[str(rows)] = in_turn(calls, args.rounds)
+    return out
+
+
+def pair(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    shape = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 32128}
+    config = T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    theirs, count = T5ForConditionalGeneration(config).eval(), 64
+    theirs.save_pretrained(folder / "t5")
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 32128)}}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder / "t5")
+    loaded = headway.load(folder / "t5")
+    ours = replace(loaded, model=quantized(loaded.model, SCHEMES["int8"], "round"))
+    prompt = torch.randint(3, 32128, (1, 64))
+    tokens = [f"w{i}" for i in prompt[0].tolist()]
+    peer = ctranslate2_of(folder, args.threads)
+    out = {}
+    for beams in (1, 4):
+        length = {"max_new_tokens": count, "min_new_tokens": count, "num_beams": beams, "do_sample": False}
+        calls = {
+            "headway": lambda: count / seconds(ours, prompt.tolist(), count, beams),  # noqa: B023
+            "transformers": lambda: count / clock(lambda: theirs.generate(prompt, **length)),  # noqa: B023
+        }
+        if peer is not None:
+            decoding = {"beam_size": beams, "max_decoding_length": count, "min_decoding_length": count}
+            calls["ctranslate2"] = lambda: count / clock(lambda: peer.translate_batch([tokens], **decoding))  # noqa: B023
+        out[f"beam {beams}" if beams > 1 else "greedy"] = in_turn(calls, args.rounds)
+    return out
+
+
+def ctranslate2_of(folder: Path, threads: int) -> Any:
+    try:
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+    except ImportError:
+        return None
+    TransformersConverter(str(folder / "t5")).convert(str(folder / "t5-ct2"), quantization="int8", force=True)
+    return ctranslate2.Translator(str(folder / "t5-ct2"), compute_type="int8", inter_threads=1, intra_threads=threads)
+
+
+def embed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer, BertModel
+
+    lines = [line for line in wikitext("test").splitlines() if line.strip()][: args.lines]
+    loaded = headway.load(minilm())
+    ours = replace(loaded, model=quantized(loaded.model, SCHEMES["int8"], "round"))
+    words, model = AutoTokenizer.from_pretrained(minilm()), BertModel.from_pretrained(minilm()).eval()
+
+    @torch.no_grad()
+    def theirs() -> torch.Tensor:
+        order = sorted(range(len(lines)), key=lambda i: -len(lines[i]))
+        out = torch.empty(len(lines), 384)
+        for start in range(0, len(order), 32):
+            some = order[start : start + 32]
+            given = words([lines[i] for i in some], padding=True, truncation=True, max_length=256, return_tensors="pt")
+            real = given["attention_mask"][..., None]
+            states = (model(**given).last_hidden_state * real).sum(1) / real.sum(1)
+            out[some] = torch.nn.functional.normalize(states, dim=-1)
+        return out
+
+    cosine = (headway.embed(ours, lines) * theirs()).sum(1)
+    calls = {
+        "headway": lambda: len(lines) / clock(lambda: headway.embed(ours, lines)),
+        "headway, float32": lambda: len(lines) / clock(lambda: headway.embed(loaded, lines)),
+        "transformers": lambda: len(lines) / clock(theirs),
+    }
+    return {**in_turn(calls, args.rounds), "cosine": [round(float(x), 4) for x in (cosine.mean(), cosine.min())]}
+
+
+@torch.no_grad()
+def vision(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+    theirs, pixels = ViTForImageClassification(config).eval(), torch.randn(8, 3, 224, 224)
+    theirs.save_pretrained(folder / "vit")
+    loaded = headway.load(folder / "vit")
+    ours: Transformer = quantized(loaded.model, SCHEMES["int8"], "round")
+    calls = {
+        "headway": lambda: 8 / clock(lambda: ours(pixel_values=pixels)),
+        "headway, float32": lambda: 8 / clock(lambda: loaded.model(pixel_values=pixels)),
+        "transformers": lambda: 8 / clock(lambda: theirs(pixel_values=pixels)),
+    }
+    return in_turn(calls, args.rounds)
+
+
+PARTS = {"decode": decode, "prefill": prefill, "batch": batch, "pair": pair, "embed": embed, "vision": vision}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lines", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    from headway.kernels.steps import levels
+
+    out: dict[str, Any] = {"benchmark": "peers", "instruction set": levels()[-1:], "before": os.getloadavg()[0]}
+    out["float32 products, GFLOP/s"] = round(gemm_peak() / 1e9, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.parts or PARTS:
+            print(f"== {name}", flush=True)
+            out[name] = PARTS[name](args, Path(folder))
+    report(out)
+
+
+if __name__ == "__main__":
+    main()
