@@ -28,6 +28,7 @@ class Slots:
         self.keys = like.new_zeros(layers, batch, n_kv_heads, capacity + 1, d_head)
         self.values = torch.zeros_like(self.keys)
         self.positions = torch.full((batch, capacity + 1), -1, dtype=torch.long, device=like.device)
+        self._alike = 0  # the first columns, which hold the same in every row
         self._columns: Tensor | None = None
         self._past: Tensor | None = None
 
@@ -46,6 +47,7 @@ class Slots:
             self.used = start + T
             self.positions[:, start : self.used] = positions
             return self.positions[:, : self.used]
+        self._alike = 0
         new = positions.expand(batch, T)
         last = new.masked_fill(~real, -1).amax(1, keepdim=True) if real is not None else new.amax(1, keepdim=True)
         kept = new > last - self.capacity
@@ -92,9 +94,24 @@ class Slots:
         return self._columns is None
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i becomes a copy of row rows[i] (beam search); the batch may change size."""
-        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
-        self.positions = self.positions.index_select(0, rows)
+        """Row i becomes a copy of row rows[i] (beam search); the batch may change size.
+
+        Of rows that went out from one prompt only what was written since is copied, and in place.
+        """
+        batch = self.positions.shape[0]
+        if len(rows) != batch:
+            self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+            self.positions = self.positions.index_select(0, rows)
+            if len(rows) > 1 and bool((rows == rows[0]).all()):
+                self._alike = self.used
+            return
+        moved = (rows != torch.arange(batch, device=rows.device)).nonzero()[:, 0]
+        if not len(moved):
+            return
+        new = slice(self._alike, self.used)
+        for store in (self.keys, self.values):
+            store[:, moved, :, new] = store[:, rows[moved], :, new]
+        self.positions[moved] = self.positions[rows[moved]]
 
     def crop(self, length: int) -> None:
         """Forget every position from `length` on. A rolling cache that has wrapped cannot."""
@@ -102,6 +119,7 @@ class Slots:
             raise BugError("cache", "a rolling cache that has wrapped cannot be cropped")
         self.positions[self.positions >= length] = -1
         self.used = min(self.used, length)
+        self._alike = min(self._alike, length)
 
 
 class Cache:
@@ -133,6 +151,7 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.declared = torch.full_like(self.lengths, max_len)
         self.cross: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+        self._origin = torch.arange(batch, device=like.device)  # of which row each row's encoder states are
         self.encoder_real: Tensor | None = None
         self.encoder_hidden: Tensor | None = None
         self.last_only = False
@@ -169,6 +188,9 @@ class Cache:
         for slots in self.groups.values():
             slots.reorder(rows)
         self.lengths, self.declared = self.lengths[rows], self.declared[rows]
+        before, self._origin = self._origin, self._origin[rows]
+        if torch.equal(before, self._origin):
+            return
         self.cross = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self.cross]
         if self.encoder_real is not None:
             self.encoder_real = self.encoder_real[rows]

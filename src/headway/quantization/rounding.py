@@ -160,6 +160,7 @@ def round_to(matrix: Tensor, grid: Grid, steps: Steps) -> Codes:
 
 def check_matrix(matrix: Tensor, where: str) -> None:
     """Refuse what has no finite image in codes (Q9). Raises InputError, ConfigError."""
+    matrix = matrix.detach()
     bad = matrix.numel() - int(matrix.isfinite().sum())
     if bad:
         raise InputError(where, f"{bad} of {matrix.numel()} weights are NaN or infinite", "finite weights")

@@ -76,26 +76,39 @@ struct View {
     bool whole;
 };
 
-// scores[s] = q k[s].
-TARGET static void scores_of(const float *q, const View &v, i64 H, float *scores) {
+// scores[r][s] = q[r] k[s] for COUNT rows, which share the keys as they are loaded.
+template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const View &v, i64 H, float *scores) {
     const i64 whole = H / LANES * LANES;
+    const int KEYS = LANES / COUNT;  // at once: the sums of all are one vector
     i64 s = 0;
-    for (; s + LANES <= v.S; s += LANES) {
+    for (; s + KEYS <= v.S; s += KEYS) {
         Floats sums[LANES] = {};
         for (i64 i = 0; i < whole; i += LANES) {
-            const Floats some = load<Floats>(q + i);
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; ++j) sums[j] += some * numbers_at(v.keys, (s + j) * v.stride + i, v.half);
+            for (int j = 0; j < KEYS; ++j) {
+                const Floats key = numbers_at(v.keys, (s + j) * v.stride + i, v.half);
+                for (int r = 0; r < COUNT; ++r) sums[r * KEYS + j] += key * load<Floats>(q + r * q_stride + i);
+            }
         }
-        store(scores + s, sums_of(sums));
+        const Floats found = sums_of(sums);
+        for (int r = 0; r < COUNT; ++r) __builtin_memcpy(scores + r * v.S + s, (const float *)&found + r * KEYS, KEYS * sizeof(float));
     }
-    for (i64 at = s; at < v.S; ++at) {
-        Floats sum = {};
-        for (i64 i = 0; i < whole; i += LANES) sum += load<Floats>(q + i) * numbers_at(v.keys, at * v.stride + i, v.half);
-        scores[at] = sum_of(sum);
+    for (int r = 0; r < COUNT; ++r) {
+        for (i64 at = s; at < v.S; ++at) {
+            Floats sum = {};
+            for (i64 i = 0; i < whole; i += LANES) sum += load<Floats>(q + r * q_stride + i) * numbers_at(v.keys, at * v.stride + i, v.half);
+            scores[r * v.S + at] = sum_of(sum);
+        }
+        for (i64 at = 0; whole < H && at < v.S; ++at)
+            for (i64 i = whole; i < H; ++i) scores[r * v.S + at] += number_at(v.keys, at * v.stride + i, v.half) * q[r * q_stride + i];
     }
-    for (i64 at = 0; at < v.S; ++at)
-        for (i64 i = whole; i < H; ++i) scores[at] += number_at(v.keys, at * v.stride + i, v.half) * q[i];
+}
+
+TARGET static void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
+    const int TOGETHER = LANES / 4;
+    int r = 0;
+    for (; r + TOGETHER <= count; r += TOGETHER) scores_some<TOGETHER>(q + r * q_stride, q_stride, v, H, scores + r * v.S);
+    for (; r < count; ++r) scores_some<1>(q + r * q_stride, q_stride, v, H, scores + r * v.S);
 }
 
 // out[r] = sum over s of weights[r][s] v[s], for COUNT rows and WIDE vectors of each at a time.
@@ -218,7 +231,7 @@ TARGET static void attend(const Attend &a, i64 T, i64 begin, i64 end, i64 thread
             count = 1;
             while (t + count < last && a.rows[3 * (t + count)] == a.rows[3 * t]) ++count;
             const View v = view_of(a, t, count, n);
-            for (int r = 0; r < count; ++r) scores_of(a.q + (t + r) * a.q_stride + n * a.H, v, a.H, scores + r * v.S);
+            scores_of(a.q + t * a.q_stride + n * a.H, a.q_stride, count, v, a.H, scores);
             for (int r = 0; r < count; ++r) weigh(scores + r * v.S, v, a.rows[3 * (t + r) + 1], a, bias);
             gather(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, a.N * a.H);
         }
