@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headway.kernels import codes, steps
+from headway.kernels import codes, native, steps
 from headway.kernels.codes import CODED, CodedMatrix, Codes, code_rows, from_blocks, lay_out, product
 from headway.kernels.ggml import BLOCKS, dequantize
 from headway.kernels.native import twins_only
@@ -159,3 +160,21 @@ def test_activations(level: str, name: str) -> None:
         steps.Program([norm, linear]).run(60)
     known = x.double() if name == "none" else ACTIVATIONS[name](x.double())
     assert out[0].isnan().all() and torch.allclose(out[1:].double(), known[1:], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.fault("Q13")
+def test_a_library_of_other_sources_is_not_used() -> None:
+    """Its structs are of other sizes, or it does not say which: a step read with another layout writes anywhere."""
+    lib = native.library()
+    if lib is not None:
+        assert native.fits(lib)
+    sizes = [ctypes.sizeof(struct) for struct in steps.STRUCTS]
+
+    class Other:
+        def __init__(self, told: list[int]) -> None:
+            self._told = (ctypes.c_int64 * len(told))(*told)
+            self.hw_sizes = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(self._told))
+
+    assert native.fits(Other([*sizes, 0]))
+    assert not native.fits(Other([*sizes, 8, 0])) and not native.fits(Other([*sizes[:-1], sizes[-1] + 8, 0]))
+    assert not native.fits(object())

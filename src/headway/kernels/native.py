@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +21,35 @@ _enabled = True
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, None where they were not built."""
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+    """The compiled kernels, None where they were not built, or from sources whose structs are others than Python's."""
+    for path in built():
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
+            lib = ctypes.CDLL(str(path))
+            if fits(lib):
+                return lib
     return None
+
+
+def built() -> list[Path]:
+    """The libraries that lie here, whether they can be used or not."""
+    return sorted(Path(__file__).parent.glob("_native*.so"))
+
+
+def fits(lib: ctypes.CDLL) -> bool:
+    """Whether the structs of a library are as large as those of kernels/steps.py.
+
+    A checkout that moves on leaves its last build behind, and a step read with another layout writes anywhere.
+    """
+    from headway.kernels.steps import STRUCTS  # which calls this module
+
+    try:
+        sizes = lib.hw_sizes
+    except AttributeError:
+        return False
+    sizes.restype = ctypes.POINTER(ctypes.c_int64)
+    found, wanted = sizes(), [ctypes.sizeof(struct) for struct in STRUCTS]
+    told = itertools.takewhile(bool, (found[place] for place in itertools.count()))
+    return list(itertools.islice(told, len(wanted) + 1)) == wanted
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ class _Step(ctypes.Structure):
     _fields_ = [("kind", i64), ("what", pointer)]
 
 
+STRUCTS: tuple[type[ctypes.Structure], ...] = (Matrix, Coded, Norm, Linear, Columns, Heads, Attend)
 _KINDS: dict[type[ctypes.Structure], int] = {Norm: 0, Linear: 1, Heads: 2, Attend: 3}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu-tanh", "quick-gelu", "silu", "relu2")
 """In the order of their numbers there."""

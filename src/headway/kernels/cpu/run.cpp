@@ -126,6 +126,13 @@ static Crowding crowding;
 
 extern "C" {
 
+// The sizes of the structs of steps.h, by which Python sees whether it was written for this build. Ends with 0.
+const i64 *hw_sizes() {
+    static const i64 sizes[] = {sizeof(Matrix), sizeof(Coded), sizeof(Norm), sizeof(Linear), sizeof(Columns), sizeof(Heads),
+                                sizeof(Attend), 0};
+    return sizes;
+}
+
 // The instruction sets that this machine can run, from the least, as one text with spaces.
 const char *hw_levels() {
     static char text[64];
