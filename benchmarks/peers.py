@@ -66,6 +66,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_gpu_layers, params.n_parallel = str(path), 1024 * rows, 0, rows
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.verbosity = 0
         self._server = xllamacpp.Server(params)
         self.address = self._server.listening_address.split("//")[1]
 
@@ -79,7 +80,7 @@ class LlamaCpp:
 
 def gguf_files(folder: Path) -> dict[str, Path]:
     plain = headway.load(smollm2(), dtype="float32")
-    return {kind: saving.save(plain, folder / f"{kind}.gguf", "gguf", dtype=kind) for kind in KINDS}
+    return {kind: saving.save(plain, folder / f"{kind}.gguf", "gguf", dtype=kind, overwrite=True) for kind in KINDS}
 
 
 def seconds(loaded: headway.Loaded, prompts: list[list[int]], count: int, beams: int = 1) -> float:

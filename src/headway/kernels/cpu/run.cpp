@@ -2,6 +2,7 @@
 
 #include "steps.h"
 #include <atomic>
+#include <chrono>
 #include <sched.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -65,12 +66,16 @@ static const Kernels LEVELS[] = {
 
 static const Kernels *chosen = nullptr;
 
+static i64 nanoseconds() {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 // Threads meet here after each step. They spin for a while, since steps take microseconds, and then let others run.
 class Meeting {
     std::atomic<int> waiting{0}, round{0};
 
   public:
-    std::atomic<i64> late{0};  // meetings at which somebody waited for long
+    std::atomic<i64> lost{0};  // nanoseconds that were waited longer than the patience
 
     void arrive(int threads) {
         if (threads == 1) return;
@@ -80,16 +85,15 @@ class Meeting {
             round.store(now + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; round.load(std::memory_order_acquire) == now; ++spins) {
-            if (spins < PATIENCE) {
+        for (int spins = 0; spins < PATIENCE; ++spins) {
+            if (round.load(std::memory_order_acquire) != now) return;
 #if HEADWAY_X86
-                _mm_pause();
+            _mm_pause();
 #endif
-                continue;
-            }
-            if (spins == PATIENCE) late.fetch_add(1, std::memory_order_relaxed);
-            sched_yield();
         }
+        const i64 began = nanoseconds();
+        while (round.load(std::memory_order_acquire) == now) sched_yield();
+        lost.fetch_add(nanoseconds() - began, std::memory_order_relaxed);
     }
 
     static const int PATIENCE = 1000;  // some 20 microseconds
@@ -109,10 +113,11 @@ class Crowding {
         return 1;
     }
 
-    void judge(i64 late, i64 steps, int threads, i64 T) {
+    // lost: of `took`, by all threads but the one that was waited for.
+    void judge(i64 lost, i64 took, int threads, i64 T) {
         if (threads == 1 || T > FEW) return;
         i64 runs = penalty.load(std::memory_order_relaxed);
-        if (late * 16 < steps) {
+        if (lost * 5 < took * 2 * (threads - 1)) {
             penalty.store(runs / 2, std::memory_order_relaxed);
             return;
         }
@@ -162,6 +167,7 @@ void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *
     if (!chosen) hw_use_level("");
     const Kernels &kernels = *chosen;
     Meeting meeting;
+    const i64 began = nanoseconds();
     threads = crowding.threads(threads, T);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -177,6 +183,6 @@ void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *
             meeting.arrive(here);
         }
     }
-    crowding.judge(meeting.late.load(), count, threads, T);
+    crowding.judge(meeting.lost.load(), nanoseconds() - began, threads, T);
 }
 }
