@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,13 @@ class LlamaCpp:
 
 
 def gguf_files(folder: Path) -> dict[str, Path]:
-    plain = headway.load(smollm2(), dtype="float32")
-    return {kind: saving.save(plain, folder / f"{kind}.gguf", "gguf", dtype=kind, overwrite=True) for kind in KINDS}
+    """Written once, by the first part that asks."""
+    paths = {kind: folder / f"{kind}.gguf" for kind in KINDS}
+    if not all(path.exists() for path in paths.values()):
+        plain = headway.load(smollm2(), dtype="float32")
+        for kind, path in paths.items():
+            saving.save(plain, path, "gguf", dtype=kind)
+    return paths
 
 
 def seconds(loaded: headway.Loaded, prompts: list[list[int]], count: int, beams: int = 1) -> float:
@@ -89,30 +95,35 @@ def seconds(loaded: headway.Loaded, prompts: list[list[int]], count: int, beams:
     return clock(lambda: generate(loaded.model, loaded.words, prompts, options))
 
 
-def decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def beside_llama_cpp(
+    args: argparse.Namespace,
+    folder: Path,
+    length: int,
+    ours: Callable[[headway.Loaded, list[int]], float],
+    theirs: Callable[[LlamaCpp, list[int]], float],
+) -> dict[str, Any]:
+    """Both on each file, after a prompt of so many tokens."""
     out = {}
     for kind, path in gguf_files(folder).items():
         loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
-        prompt = loaded.words.encode(wikitext("test")[:200])[:16]
-        calls = {
-            "headway": lambda: (WRITTEN - 1) / (seconds(loaded, [prompt], WRITTEN) - seconds(loaded, [prompt], 1)),  # noqa: B023
-            "llama.cpp": lambda: peer.ask(prompt, WRITTEN)["predicted_per_second"],  # noqa: B023
-        }
+        prompt = loaded.words.encode(wikitext("test")[:6000])[:length]
+        calls = {"headway": partial(ours, loaded, prompt), "llama.cpp": partial(theirs, peer, prompt)}
         out[kind] = in_turn(calls, args.rounds)
     return out
+
+
+def decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    def ours(loaded: headway.Loaded, prompt: list[int]) -> float:
+        return (WRITTEN - 1) / (seconds(loaded, [prompt], WRITTEN) - seconds(loaded, [prompt], 1))
+
+    return beside_llama_cpp(args, folder, 16, ours, lambda peer, ids: peer.ask(ids, WRITTEN)["predicted_per_second"])
 
 
 def prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    out = {}
-    for kind, path in gguf_files(folder).items():
-        loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
-        prompt = loaded.words.encode(wikitext("test")[:6000])[:512]
-        calls = {
-            "headway": lambda: 512 / seconds(loaded, [prompt], 1),  # noqa: B023
-            "llama.cpp": lambda: peer.ask(prompt, 1)["prompt_per_second"],  # noqa: B023
-        }
-        out[kind] = in_turn(calls, args.rounds)
-    return out
+    def ours(loaded: headway.Loaded, prompt: list[int]) -> float:
+        return len(prompt) / seconds(loaded, [prompt], 1)
+
+    return beside_llama_cpp(args, folder, 512, ours, lambda peer, ids: peer.ask(ids, 1)["prompt_per_second"])
 
 
 def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def _load_run(place: Path, dtype: torch.dtype | None, *, force_tokenizer: bool) 
     weights = joined(said, read_group(folder, WEIGHTS, ties=blank.ties), str(folder / MANIFEST))
     check_weights(blank, weights, folder / WEIGHTS, run / MODEL)
     if dtype is not None:
-        weights = unpacked(weights, dtype)
+        weights = dict(unpacked(weights, dtype))
     family, architecture, raw = _origin(manifest, config)
     return Loaded(
         Transformer.of(config, weights),

@@ -34,7 +34,7 @@ from headway.loading import (
     RECEIPT,
     Loaded,
 )
-from headway.nn.packed import Packed, weights_of
+from headway.nn.packed import Packed, unpacked, weights_of
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
 
@@ -117,13 +117,7 @@ def _why_not(config: ModelConfig, family: Family) -> str:
 
 def plain_weights(loaded: Loaded) -> dict[str, Tensor]:
     """Every tensor of the model by name, packed ones unpacked to float32; what is tied is one tensor."""
-    done: dict[int, Tensor] = {}
-    out = {}
-    for name, weight in weights_of(loaded.model).items():
-        if isinstance(weight, Packed) and id(weight) not in done:
-            done[id(weight)] = weight.unpack()
-        out[name] = done[id(weight)] if isinstance(weight, Packed) else weight
-    return out
+    return unpacked(weights_of(loaded.model))
 
 
 def _with_text(loaded: Loaded, contents: Iterator[tuple[str, files.Content]]) -> Iterator[tuple[str, files.Content]]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from headway.quantization.receipt import Receipt
     from headway.quantization.walk import Scheme
 
-FORMATS_OF_GGUF = ("q8_0", "q4_0", "q4_1")
 _OWN_TEXT = "Python's documentation topics, which lie on every machine"
 
 
@@ -54,7 +53,7 @@ def run(options: Options) -> None:
         raise ConfigError("PATH", found, "a model and DST", "headway quantize PATH DST --to int4")
     scheme = _scheme(options)
     method = options.method or ("gptq" if scheme.blocks.bits == 4 else "round")
-    form = "gguf" if options.to in FORMATS_OF_GGUF else "headway"
+    form = "gguf" if _is_gguf(options.to) else "headway"
     from dataclasses import replace
 
     from headway import files, saving
@@ -79,6 +78,12 @@ def run(options: Options) -> None:
     printer.result({"path": str(target), "to": options.to, **paid.as_json()})
 
 
+def _is_gguf(to: str) -> bool:
+    from headway.checkpoints.gguf_model import FORMATS
+
+    return to.upper() in FORMATS
+
+
 def _scheme(options: Options) -> Scheme:
     from headway.quantization.walk import SCHEMES
 
@@ -89,7 +94,7 @@ def _scheme(options: Options) -> Scheme:
     scheme = SCHEMES[options.to]
     if options.to != "int4" and options.asymmetric:
         raise ConfigError("--asymmetric", f"--to {options.to}", "--to int4")
-    if options.to in FORMATS_OF_GGUF:
+    if _is_gguf(options.to):
         if options.group != 32:
             raise ConfigError("--group", str(options.group), f"32, which {options.to} has", "--to int4")
         if options.method in ("awq", "smooth"):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headway.kernels.ggml import BLOCKS, pack_codes, unpack_blocks
+from headway.kernels.ggml import BLOCKS, WRITABLE, pack_codes, unpack_blocks
 
 ROWS = 16  # of W, side by side
 UNROLLED = 1 << 22  # weights at a time while packing
@@ -172,7 +172,7 @@ def from_blocks(kind: str, raw: Tensor) -> CodedMatrix:
 
 def block_format(matrix: CodedMatrix) -> str | None:
     """The ggml format that holds these codes and scales as they are."""
-    for kind in ("Q4_0", "Q4_1", "Q8_0"):
+    for kind in filter(WRITABLE.__contains__, CODED):
         form = _FORMS[kind]
         asked = (form.bits, form.zero or 0, form.zero is None, form.group, torch.float16)
         found = (matrix.bits, matrix.zero, matrix.minima is not None, matrix.group, matrix.scales.dtype)

@@ -22,17 +22,12 @@ _enabled = True
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, None where they were not built, or from sources whose structs are others than Python's."""
-    for path in built():
+    for path in sorted(Path(__file__).parent.glob("_native*.so")):
         with contextlib.suppress(OSError):
             lib = ctypes.CDLL(str(path))
             if fits(lib):
                 return lib
     return None
-
-
-def built() -> list[Path]:
-    """The libraries that lie here, whether they can be used or not."""
-    return sorted(Path(__file__).parent.glob("_native*.so"))
 
 
 def fits(lib: ctypes.CDLL) -> bool:

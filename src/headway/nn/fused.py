@@ -321,6 +321,9 @@ def pass_through(
     if not packed.planes() or is_steered() or not usable(x_BTD) or stack.training or x_BTD.requires_grad:
         return None
     with contextlib.suppress(UnfitError):
+        first = stack.blocks[0]
+        assert isinstance(first, Block)
+        _leaf(first.attention.output)  # before any work: most models are not in codes
         if cache is None:
             return _alone(stack, x_BTD, sight, encoded, angles)
         return _cached(stack, x_BTD, sight, cache, encoded, angles)
@@ -354,11 +357,7 @@ def _alone(stack: Stack, x_BTD: Tensor, sight: Sight, encoded: Encoded | None, a
         raise UnfitError
     keys = Keys(rows, torch.tensor([0, in_order]), rows[:, 1].contiguous(), starts)
     program = Fused(stack, len(rows), {None: keys}, room, None, encoded)
-
-    def flat(one: Tensor | None) -> Tensor | None:
-        return None if one is None else one[:, :, 0].expand(B, -1, -1).flatten(0, 1)[chosen]
-
-    found = program.run(x_BTD.flatten(0, 1)[chosen], (flat(angles[0]), flat(angles[1])))
+    found = program.run(x_BTD.flatten(0, 1)[chosen], _by_row(angles, B, chosen))
     if real is None:
         return found.view_as(x_BTD)
     out = torch.zeros_like(x_BTD)
@@ -396,11 +395,13 @@ def _cached(stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache, encoded: En
         rows[..., 0] = torch.arange(B)[:, None]
         rows[..., 1], rows[..., 2] = sight.q_positions, found
         keys_.state[0], keys_.state[1] = slots.used, slots.in_order
+    return cache.fused.run(x_BTD.flatten(0, 1), _by_row(angles, B)).view_as(x_BTD).clone()
 
-    def flat(one: Tensor | None) -> Tensor | None:
-        return None if one is None else one[:, :, 0].expand(B, -1, -1).flatten(0, 1)
 
-    return cache.fused.run(x_BTD.flatten(0, 1), (flat(angles[0]), flat(angles[1]))).view_as(x_BTD).clone()
+def _by_row(angles: Angles, B: int, chosen: Tensor | slice = slice(None)) -> Angles:
+    """Angles (B|1, T, 1, pairs) of the chosen tokens, one after the other: (rows, pairs)."""
+    one, other = (None if some is None else some[:, :, 0].expand(B, -1, -1).flatten(0, 1)[chosen] for some in angles)
+    return one, other
 
 
 def _made_for(cache: Cache, rows: int) -> tuple[int, ...]:

@@ -166,11 +166,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor | Packed]:
     return state
 
 
-def unpacked(weights: Mapping[str, Tensor | Packed], dtype: torch.dtype) -> dict[str, Tensor | Packed]:
-    """Every weight in floats of this dtype, what is tied still tied; integers as they are."""
+def unpacked(weights: Mapping[str, Tensor | Packed], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every weight in floats, of this dtype if one is given; what is tied still tied; integers as they are."""
     done: dict[int, Tensor] = {}
     for weight in weights.values():
         if id(weight) not in done:
             plain = weight.unpack() if isinstance(weight, Packed) else weight
-            done[id(weight)] = plain.to(dtype) if plain.is_floating_point() else plain
+            done[id(weight)] = plain.to(dtype) if dtype is not None and plain.is_floating_point() else plain
     return {name: done[id(weight)] for name, weight in weights.items()}
