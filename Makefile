@@ -17,7 +17,7 @@ test: $(VENV)/.test  ## format, lint, types, budgets, tests: side by side, since
 	$(MAKE) --no-print-directory -j2 check pytest
 
 pytest: $(VENV)/.test  ## the tests alone
-	HEADWAY_TEST=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
+	HEADWAY_TEST=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
 check: $(VENV)/.test  ## everything but the tests
 	$(BIN)/ruff format --check .

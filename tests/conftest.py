@@ -1,5 +1,6 @@
 """Shared settings: one torch thread (tests run two at a time on two cores), fixed seeds, a cache of the tests' own."""
 
+import faulthandler
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _start() -> None:
+    """Every test begins alike, whatever the one before it left behind."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace per absent device: 3 ms a test
+    if torch.get_num_threads() != 1:  # with more, a forked child waits for ever for the threads of its parent
+        torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    """An end that hangs says where, as a test that hangs does (`timeout` in pyproject.toml)."""
+    faulthandler.dump_traceback_later(120, exit=True)
 
 
 @pytest.fixture(scope="session")
