@@ -178,3 +178,16 @@ def test_a_library_of_other_sources_is_not_used() -> None:
     assert native.fits(Other([*sizes, 0]))
     assert not native.fits(Other([*sizes, 8, 0])) and not native.fits(Other([*sizes[:-1], sizes[-1] + 8, 0]))
     assert not native.fits(object())
+
+
+@every_level
+@settings(deadline=None)
+@given(matrices(), st.integers(0, 40))
+def test_rows_of_a_table_are_its_twin_to_the_last_bit(level: str, matrix: CodedMatrix, count: int) -> None:
+    ids = torch.randint(matrix.shape[0], (count,))
+    with forced(level):
+        found = steps.rows(matrix, ids)
+        with pytest.raises(IndexError, match=f"of {matrix.shape[0]}"):
+            steps.rows(matrix, torch.tensor([0, matrix.shape[0]]))
+    assert torch.equal(found, matrix.rows(ids))
+    assert torch.equal(found, matrix.weights()[ids])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from headway.nn import Transformer
 from headway.nn.attention import use_backend
 from headway.nn.cache import Cache
 from headway.nn.fused import Fused
+from headway.nn.next_token import NextToken
 from headway.nn.packed import Packed, exact, use_planes
 
 pytestmark = pytest.mark.skipif(not steps.levels(), reason="no C++ compiler built the native kernels")
@@ -39,7 +41,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "quick": {"attention": {"qk_norm": "layernorm"}, "feed_forward": "quick-gelu"},
     "alibi": {"positions": "alibi", "norm": "layernorm", "feed_forward": "gelu"},
     "t5": {"positions": {"type": "relative", "buckets": 8, "max_distance": 10}, "feed_forward": SWIGLU},
+    "opt": {"norm": "layernorm", "positions": {"type": "learned", "offset": 2}, "feed_forward": "relu"},
+    "bloom": {"norm": "layernorm", "positions": "alibi", "embeddings": {"norm": True}, "feed_forward": "gelu"},
+    "granite": {"embeddings": {"scale": 12.0}, "head": {"type": "causal-lm", "scale": 0.125, "softcap": 3.0}},
+    "by length": {"positions": {"type": "rope", "scaling": {"type": "dynamic", "factor": 2.0, "original_len": 8}}},
 }  # fmt: skip
+
+IN_PARTS = ("post", "by length")  # with sinusoids, or angles that depend on the length: a call for each part
 
 
 def in_codes(config: ModelConfig, kinds: tuple[str, ...] = ("Q8_0",)) -> Transformer:
@@ -84,7 +92,7 @@ def test_a_fused_stack_is_its_blocks(form: str) -> None:
             known, slow = decoded(model, ids, 6)
     with exact():
         right, _ = decoded(model, ids, 6)
-    assert isinstance(cache.fused, Fused) and slow.fused is None
+    assert type(cache.fused) is (Fused if form in IN_PARTS else NextToken) and slow.fused is None
     assert gap(found, known) < 1e-3 and gap(found, right) < 2e-3
     # Other tokens before the last one show in it by ten times as much.
     changed, _ = decoded(model, torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), 1), 6)
@@ -197,13 +205,14 @@ WHOLE: dict[str, dict[str, Any]] = {
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of each native pass."""
     counts: list[int] = []
-    run = Fused.run
+    for owner, name in ((Fused, "run"), (NextToken, "next")):
+        call = getattr(owner, name)
 
-    def counted(self: Fused, *given: Any) -> Tensor:
-        counts.append(self.rows)
-        return run(self, *given)
+        def counted(self: Fused, *given: Any, call: Callable[..., object] = call) -> object:
+            counts.append(self.rows)
+            return call(self, *given)
 
-    monkeypatch.setattr(Fused, "run", counted)
+        monkeypatch.setattr(owner, name, counted)
     return counts
 
 
@@ -306,3 +315,27 @@ def test_what_has_no_kernel_runs_as_blocks(form: str) -> None:
 def test_plain_weights_run_as_blocks() -> None:
     found, cache = decoded(Transformer(ModelConfig(**SIZES)).eval(), torch.randint(50, (1, 9)), 5)
     assert cache.fused is None and found.isfinite().all()
+
+
+@torch.no_grad()
+def test_an_id_that_is_not_there_leaves_the_cache_as_it_was() -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["llama"]}))
+    ids, cache = torch.randint(50, (1, 6)), model.new_cache(1, 32)
+    model(ids[:, :4], cache=cache)
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError, match="of 50"):
+            model(torch.tensor([[wrong]]), cache=cache)
+    again = model(ids[:, 4:5], cache=cache).logits
+    assert type(cache.fused) is NextToken and torch.equal(again, decoded(model, ids[:, :5], 4)[0][:, -1:])
+
+
+@torch.no_grad()
+def test_answers_are_not_overwritten_by_the_next_token() -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["llama"]}))
+    ids, cache = torch.randint(50, (2, 6)), model.new_cache(2, 32)
+    model(ids[:, :4], cache=cache)
+    first = model(ids[:, 4:5], cache=cache)
+    kept = [part.clone() for part in (first.logits, first.hidden)]
+    model(ids[:, 5:6], cache=cache)
+    assert type(cache.fused) is NextToken
+    assert torch.equal(first.logits, kept[0]) and torch.equal(first.hidden, kept[1])

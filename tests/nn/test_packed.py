@@ -17,6 +17,7 @@ from headway.config import ModelConfig
 from headway.errors import BugError
 from headway.kernels.codes import CODED, CodedMatrix, Codes
 from headway.kernels.ggml import BLOCKS, quantize
+from headway.kernels.native import twins_only
 from headway.nn import Transformer
 from headway.nn.packed import Packed, PackedEmbedding, PackedLinear, exact, pack_leaf
 
@@ -92,6 +93,9 @@ def test_embedding_unpacks_the_rows_asked_for(kind: str, monkeypatch: pytest.Mon
     whole = Codes.weights
     monkeypatch.setattr(Codes, "weights", lambda self, group: asked.append(self.codes.numel()) or whole(self, group))
     table(torch.tensor([[4, 7]]))
+    assert asked == []  # the kernel writes the rows themselves
+    with twins_only():
+        table(torch.tensor([[4, 7]]))
     assert asked == [2 * COLUMNS]
 
 

@@ -15,6 +15,7 @@ last bit, the result within float32 rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,14 +73,19 @@ class CodedMatrix(NamedTuple):
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of W in float32, (n) -> (n, C). Raises IndexError for a row that is not there."""
-        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.shape[0]:
-            raise IndexError(f"rows {int(numbers.min())} to {int(numbers.max())} of {self.shape[0]}")
+        check_rows(numbers.tolist(), self.shape[0])
         block, lane = numbers // ROWS, numbers % ROWS
         codes = self.codes.permute(0, 3, 1, 2, 4)[block, lane]
         halves = torch.stack((codes & 15, codes >> 4), 2) if self.bits == 4 else codes
         low = None if self.minima is None else self.minima[block, :, lane]
         plain = Codes(halves.flatten(1)[:, : self.shape[1]], self.scales[block, :, lane], low, self.zero)
         return plain.weights(self.group)
+
+
+def check_rows(numbers: Sequence[int], count: int) -> None:
+    """Raise IndexError unless every number is one of a row."""
+    if numbers and not 0 <= min(numbers) <= max(numbers) < count:
+        raise IndexError(f"rows {min(numbers)} to {max(numbers)} of {count}")
 
 
 class Codes(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headway.kernels.codes import ROWS, CodedMatrix, product
+from headway.kernels.codes import ROWS, CodedMatrix, check_rows, product
 from headway.kernels.native import library, usable
 
 
@@ -70,12 +70,19 @@ class Attend(ctypes.Structure):
     _fields_ += [("scale", f32), ("cap", f32), ("columns", Columns)]
 
 
+class Gather(ctypes.Structure):
+    """Rows of a table."""
+
+    _fields_ = [("table", Matrix), *((name, pointer) for name in ("plain", "ids", "out"))]
+    _fields_ += [("id_stride", i64), ("adds", i64), ("scale", f32)]
+
+
 class _Step(ctypes.Structure):
     _fields_ = [("kind", i64), ("what", pointer)]
 
 
-STRUCTS: tuple[type[ctypes.Structure], ...] = (Matrix, Coded, Norm, Linear, Columns, Heads, Attend)
-_KINDS: dict[type[ctypes.Structure], int] = {Norm: 0, Linear: 1, Heads: 2, Attend: 3}
+STRUCTS: tuple[type[ctypes.Structure], ...] = (Matrix, Coded, Norm, Linear, Columns, Heads, Attend, Gather)
+_KINDS: dict[type[ctypes.Structure], int] = {Norm: 0, Linear: 1, Heads: 2, Attend: 3, Gather: 4}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu-tanh", "quick-gelu", "silu", "relu2")
 """In the order of their numbers there."""
 PLAIN, RMS, LAYER = range(3)
@@ -115,6 +122,19 @@ def linear(x: Tensor, matrix: CodedMatrix, bias: Tensor | None = None, planes: i
     weight = described(matrix, None if bias is None else buffers.padded(bias))
     Program([norm, Linear(weight, codes, out.data_ptr(), R, 0, 0, 0)]).run(T)
     return out.view(*x.shape[:-1], R)
+
+
+def rows(matrix: CodedMatrix, ids: Tensor) -> Tensor:
+    """Rows of a matrix in codes, (n) int64 -> (n, C) float32; its twin is `CodedMatrix.rows`.
+
+    Raises IndexError for a row that is not there.
+    """
+    if not usable() or ids.device.type != "cpu" or ids.dtype != torch.long:
+        return matrix.rows(ids)
+    check_rows(ids.tolist(), matrix.shape[0])
+    ids, out = ids.contiguous(), torch.empty(len(ids), matrix.shape[1])
+    Program([Gather(described(matrix, None), None, ids.data_ptr(), out.data_ptr(), 1, 0, 1.0)]).run(len(ids))
+    return out
 
 
 class Buffers:

@@ -156,7 +156,8 @@ class Cache:
         self.encoder_hidden: Tensor | None = None
         self.last_only = False
         self.fused: object | None = None  # what nn/fused.py keeps from call to call, and what it was made for
-        self.fused_for: tuple[int, ...] | None = None
+        self.fused_for: tuple[object, ...] | None = None
+        self.is_whole = True  # nothing is known to keep a new token from being a single call (nn/next_token.py)
 
     def next_positions(self, T: int, real: Tensor | None) -> Tensor:
         """Positions (B|1, T) of the next T tokens, counting only real ones."""

@@ -79,7 +79,7 @@ class Fused:
         self._buffers, self._steps = Buffers(), list[ctypes.Structure]()
         first = stack.blocks[0]
         assert isinstance(first, Block)
-        D, heads = _leaf(first.attention.output).shape[0], first.attention
+        D, heads = leaf_of(first.attention.output).shape[0], first.attention
         self.x = self._buffers.floats(rows, D)
         self._branch = self._buffers.floats(rows, D)
         self._qkv = self._buffers.floats(rows, (heads.N + 2 * heads.K) * heads.H)
@@ -104,6 +104,15 @@ class Fused:
             kept.copy_(torch.view_as_real(given))
         self._program.run(self.rows)
         return self.x
+
+    def place(self, cache: Cache, positions: Tensor, T: int) -> None:
+        """Say where T new tokens of each row stand, (B|1, T), for which the cache has made room."""
+        for window, keys in self.keys.items():
+            slots, rows = cache.groups[window], keys.rows.view(-1, T, 3)
+            columns = slots.columns(T)
+            assert columns is not None
+            rows[..., 1], rows[..., 2] = positions, columns
+            keys.state[0], keys.state[1] = slots.used, slots.in_order
 
     def _angles_of(self, stack: Stack, is_window: bool) -> Tensor:
         """Room for cosines and sines (rows, pairs, 2), of the layers with a window or of the others."""
@@ -203,9 +212,9 @@ class Fused:
         return steps.Columns(*places, *k.stride()[:3], keys.positions.stride(0), half=k.dtype == torch.float16)
 
     def _feed_forward(self, part: FeedForward, inputs: dict[int, Coded], residual: Residual) -> None:
-        if part.gated and _leaf(part.up).shape[0] % (2 * ROWS):
+        if part.gated and leaf_of(part.up).shape[0] % (2 * ROWS):
             raise UnfitError
-        hidden = self._buffers.floats(self.rows, _leaf(part.down).shape[1])
+        hidden = self._buffers.floats(self.rows, leaf_of(part.down).shape[1])
         self._linear(part.up, inputs, hidden, activation=_NAMES[part.activation], gated=part.gated)
         self._join(residual, part.down, hidden)
 
@@ -226,12 +235,12 @@ class Fused:
         """The stream normalised and in codes, once for each chunk that the leaf's matrices ask for."""
         source = self.x if source is None else source
         out = {}
-        for chunk in dict.fromkeys(part.chunk for _, part in _leaf(leaf).packed.parts):
+        for chunk in dict.fromkeys(part.chunk for _, part in leaf_of(leaf).packed.parts):
             key = (source.shape[1], chunk, purpose)
             if key not in self._codes:
                 self._codes[key] = self._buffers.codes(self.rows, source.shape[1], chunk, packed.planes())
             out[chunk] = self._codes[key]
-            self._norm(norm, source, codes=out[chunk], scale=_leaf(leaf).packed.input_scale)
+            self._norm(norm, source, codes=out[chunk], scale=leaf_of(leaf).packed.input_scale)
         return out
 
     def _norm(
@@ -267,7 +276,7 @@ class Fused:
         gated: bool = False,
     ) -> None:
         """out = or += W x + b, one step for each group of rows."""
-        leaf = _leaf(leaf)
+        leaf = leaf_of(leaf)
         parts = [part for _, part in leaf.packed.parts]
         if gated and len(parts) > 1:
             raise UnfitError
@@ -282,7 +291,8 @@ class Fused:
             begin += part.shape[0]
 
 
-def _leaf(module: nn.Module) -> PackedLinear:
+def leaf_of(module: nn.Module) -> PackedLinear:
+    """A linear layer in codes."""
     if isinstance(module, PackedLinear):
         return module
     raise UnfitError
@@ -323,7 +333,7 @@ def pass_through(
     with contextlib.suppress(UnfitError):
         first = stack.blocks[0]
         assert isinstance(first, Block)
-        _leaf(first.attention.output)  # before any work: most models are not in codes
+        leaf_of(first.attention.output)  # before any work: most models are not in codes
         if cache is None:
             return _alone(stack, x_BTD, sight, encoded, angles)
         return _cached(stack, x_BTD, sight, cache, encoded, angles)
@@ -368,33 +378,16 @@ def _alone(stack: Stack, x_BTD: Tensor, sight: Sight, encoded: Encoded | None, a
 def _cached(stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache, encoded: Encoded | None, angles: Angles) -> Tensor:
     """New tokens, with steps that the cache keeps until it changes."""
     B, T, _ = x_BTD.shape
-    columns = {window: slots.columns(T) for window, slots in cache.groups.items()}
-    if any(found is None for found in columns.values()):
+    if any(slots.columns(T) is None for slots in cache.groups.values()):
         raise UnfitError
-    if encoded is not None:
-        for block in stack.blocks:
-            assert isinstance(block, Block)
-            if block.cross_attention is not None:
-                block.cross_attention.remembered(encoded.states, cache)
-    wanted = _made_for(cache, B * T)
-    if cache.fused_for != wanted:
-        cache.fused, cache.fused_for = None, wanted  # that a stack is unfit is kept as well
-        keys = {
-            window: Keys(torch.empty(B * T, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long), slots.positions)
-            for window, slots in cache.groups.items()
-        }
-        room = max(slots.capacity for slots in cache.groups.values()) + 1
-        room = max(room, 0 if encoded is None else encoded.states.shape[1])
-        cache.fused = Fused(stack, B * T, keys, room, cache, encoded)
+    if made_for(cache, Fused, B * T) != cache.fused_for:
+        # That a stack is unfit is kept as well; cross-attention's keys are there only after the first time.
+        cache.fused, cache.fused_for = None, made_for(cache, Fused, B * T)
+        cache.fused = Fused(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded)
+        cache.fused_for = made_for(cache, Fused, B * T)
     if not isinstance(cache.fused, Fused):
         raise UnfitError
-    for window, found in columns.items():
-        keys_, slots = cache.fused.keys[window], cache.groups[window]
-        rows = keys_.rows.view(B, T, 3)
-        assert found is not None
-        rows[..., 0] = torch.arange(B)[:, None]
-        rows[..., 1], rows[..., 2] = sight.q_positions, found
-        keys_.state[0], keys_.state[1] = slots.used, slots.in_order
+    cache.fused.place(cache, sight.q_positions, T)
     return cache.fused.run(x_BTD.flatten(0, 1), _by_row(angles, B)).view_as(x_BTD).clone()
 
 
@@ -404,7 +397,17 @@ def _by_row(angles: Angles, B: int, chosen: Tensor | slice = slice(None)) -> Ang
     return one, other
 
 
-def _made_for(cache: Cache, rows: int) -> tuple[int, ...]:
+def columns_of(cache: Cache, B: int, T: int, encoded: Encoded | None) -> tuple[dict[int | None, Keys], int]:
+    """Places for T new tokens of each row, `rows` still to be told; and how many columns a token sees at most."""
+    keys = {}
+    for window, slots in cache.groups.items():
+        rows = torch.arange(B).repeat_interleave(T)[:, None].repeat(1, 3)
+        keys[window] = Keys(rows, torch.zeros(2, dtype=torch.long), slots.positions)
+    room = max(slots.capacity for slots in cache.groups.values()) + 1
+    return keys, max(room, 0 if encoded is None else encoded.states.shape[1])
+
+
+def made_for(cache: Cache, what: type, rows: int) -> tuple[object, ...]:
     """What steps depend on: a cache that was reordered has moved."""
     tensors = [slots.keys for slots in cache.groups.values()] + [kept[0] for kept in cache.cross if kept is not None]
-    return rows, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)
+    return what, rows, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)

@@ -344,7 +344,10 @@ class LanguageModelHead(Head):
         return self._answer(self._read(hidden_BTD))
 
     def _answer(self, read: Tensor) -> Tensor:
-        logits: Tensor = self.output(read)
+        return self.capped(self.output(read))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What the output layer gives, with the softcap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def answers(self, hidden_BTD: Tensor, real: Tensor | None, places: Tensor | None) -> Callable[[slice], Tensor]:

@@ -17,6 +17,7 @@ from headway.nn.feed_forward import MixtureOfExperts
 from headway.nn.heads import IGNORED, LanguageModelHead, Taught, make_head, pool
 from headway.nn.init import Unfilled, initialize
 from headway.nn.masks import Sight
+from headway.nn.next_token import next_token
 from headway.nn.packed import Packed, pack_leaf
 from headway.nn.stack import Stack
 
@@ -136,6 +137,12 @@ class Transformer(nn.Module):
                 the model sees only those patches that have none.
             cache: from `new_cache`; remembers what it has seen.
         """
+        others = (attention_mask, documents, token_types, decoder_attention_mask, labels)
+        new = decoder_input_ids if self.is_pair else input_ids
+        if cache is not None and new is not None and all(other is None for other in others):
+            found = next_token(self, new, cache)
+            if found is not None:
+                return Output(None, found[1], found[0], cache.encoder_hidden)
         hidden, real, encoded = self._states(
             input_ids,
             attention_mask,

@@ -142,7 +142,7 @@ class PackedEmbedding(_PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., columns) float32."""
         ((_, table),) = self.packed.parts
-        return table.rows(ids.reshape(-1)).view(*ids.shape, self.shape[1])
+        return steps.rows(table, ids.reshape(-1)).view(*ids.shape, self.shape[1])
 
 
 def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:

@@ -109,7 +109,7 @@ class Rope(nn.Module):
         self.by_length = config.scaling.type in ("dynamic", "longrope")
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def _table(self, like: Tensor) -> Tensor:
+    def table(self, like: Tensor) -> Tensor:
         """(max_len, R/2) complex cos + i sin in the precision of `like` (at least float32)."""
         dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         key = (dtype, like.device)
@@ -125,7 +125,7 @@ class Rope(nn.Module):
         `length` (B|1, T|1) is the declared length of the sequence each token is in; only scalings `by_length` read it.
         """
         if not self.by_length:
-            return self._table(like)[positions][:, :, None]
+            return self.table(like)[positions][:, :, None]
         length = positions.amax(-1, keepdim=True) + 1 if length is None else length
         distinct, index = torch.unique(length, return_inverse=True)
         rows = [rope_frequencies(self.config, self.d_head, int(n), self.max_len) for n in distinct.tolist()]

@@ -81,6 +81,22 @@ TARGET static void multiply(const Matrix &w, i64 block, const Coded &in, i64 row
     tiles<8, 32>(w, block, in, row, count, out);
 }
 
+// Chunk `c` of one row of W as floats.
+TARGET static void unpack(const Matrix &w, i64 row, i64 c, float *out) {
+    const i64 block = row / ROWS, lane = row % ROWS, chunks = (w.columns + w.chunk - 1) / w.chunk;
+    const i64 groups = (w.columns + w.group - 1) / w.group, at = (block * groups + c * w.chunk / w.group) * ROWS;
+    const i64 part = lane / LANES, kept = w.bits == 4 ? w.chunk / 2 : w.chunk;
+    const float scale = numbers(w.scales, at, w.half).parts[part][lane % LANES];
+    const float minimum = w.minima ? numbers(w.minima, at, w.half).parts[part][lane % LANES] : 0.0f;
+    const uint8_t *codes = w.codes + ((block * chunks + c) * kept * ROWS + lane * 4);
+    for (i64 i = 0; i < w.chunk; ++i) {
+        const uint8_t both = codes[i % kept / 4 * 4 * ROWS + i % 4];
+        const int code = w.bits == 4 ? (i < kept ? both & 15 : both >> 4) : both;
+        const float product = apart((float)(code - (int)w.zero) * scale);
+        out[i] = w.minima ? product + minimum : product;
+    }
+}
+
 // e^x within 2 ulp: 2^n e^r with |r| <= ln(2) / 2 and the degree-6 polynomial of Cephes' expf.
 FN Floats exponential(Floats x) {
     x = x > 88.0f ? splat(88.0f) : x;
@@ -238,10 +254,30 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
     }
 }
 
+// Items: rows.
+TARGET static void gather(const Gather &g, i64 begin, i64 end) {
+    const Matrix &w = g.table;
+    const i64 C = w.columns;
+    for (i64 t = begin; t < end; ++t) {
+        const i64 id = g.ids[t * g.id_stride];
+        const float *from = g.plain ? g.plain + id * C : nullptr;
+        float *out = g.out + t * C, unpacked[32];
+        const i64 step = from ? C : w.chunk, chunks = (C + step - 1) / step;
+        for (i64 c = 0; c < chunks; ++c) {
+            const i64 count = C - c * step < step ? C - c * step : step;
+            if (!from) unpack(w, id, c, unpacked);
+            for (i64 i = 0; i < count; ++i) {
+                const float value = apart(from ? from[i] : unpacked[i]) * g.scale;
+                out[c * step + i] = g.adds ? out[c * step + i] + apart(value) : value;
+            }
+        }
+    }
+}
+
 #include "attention.h"
 
 TARGET static i64 item_count(const Step &step, i64 T) {
-    if (step.kind == NORM || step.kind == HEADS) return T;
+    if (step.kind == NORM || step.kind == HEADS || step.kind == GATHER) return T;
     if (step.kind == ATTEND) return (T + QUERIES - 1) / QUERIES * ((const Attend *)step.what)->N;
     return (width_of(*(const Linear *)step.what) + ROWS - 1) / ROWS * ((T + PANEL - 1) / PANEL);
 }
@@ -251,6 +287,7 @@ TARGET static void run_step(const Step &step, i64 T, i64 begin, i64 end, i64 thr
     case NORM: return norm(*(const Norm *)step.what, begin, end);
     case LINEAR: return linear(*(const Linear *)step.what, T, begin, end);
     case HEADS: return heads(*(const Heads *)step.what, begin, end);
+    case GATHER: return gather(*(const Gather *)step.what, begin, end);
     case ATTEND: return attend(*(const Attend *)step.what, T, begin, end, thread);
     }
 }

@@ -85,9 +85,9 @@ FN Floats sums_of(const Floats *v) {
 
 // A sum that is not merged with what it is added to.
 #if defined(__has_builtin) && __has_builtin(__builtin_assoc_barrier)
-FN Floats apart(Floats value) { return __builtin_assoc_barrier(value); }
+template <class V> FN V apart(V value) { return __builtin_assoc_barrier(value); }
 #else
-FN Floats apart(Floats value) { return value; }
+template <class V> FN V apart(V value) { return value; }
 #endif
 
 FN Codes low_halves(Codes pairs) { return pairs & 15; }

@@ -71,17 +71,18 @@ static i64 nanoseconds() {
 }
 
 // Threads meet here after each step. They spin for a while, since steps take microseconds, and then let others run.
+// Whoever comes last does what only one can do before the others go on.
 class Meeting {
     std::atomic<int> waiting{0}, round{0};
 
   public:
     std::atomic<i64> lost{0};  // nanoseconds that were waited longer than the patience
 
-    void arrive(int threads) {
-        if (threads == 1) return;
+    template <class Work> void arrive(int threads, const Work &alone) {
         const int now = round.load(std::memory_order_relaxed);
         if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
             waiting.store(0, std::memory_order_relaxed);
+            alone();
             round.store(now + 1, std::memory_order_release);
             return;
         }
@@ -134,7 +135,7 @@ extern "C" {
 // The sizes of the structs of steps.h, by which Python sees whether it was written for this build. Ends with 0.
 const i64 *hw_sizes() {
     static const i64 sizes[] = {sizeof(Matrix), sizeof(Coded), sizeof(Norm), sizeof(Linear), sizeof(Columns), sizeof(Heads),
-                                sizeof(Attend), 0};
+                                sizeof(Attend), sizeof(Gather), 0};
     return sizes;
 }
 
@@ -162,7 +163,8 @@ int hw_use_level(const char *name) {
 }
 
 // Run `count` steps over T rows on `threads` threads. Each takes a share of a step's items whenever it has none, so that
-// one that lost its core holds up the others by one share only. counters: one zeroed integer per step.
+// one that lost its core holds up the others by one share only. Steps of a single item, such as norms of one row, are
+// taken at the meeting before them. counters: one zeroed integer per step.
 void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *counters) {
     if (!chosen) hw_use_level("");
     const Kernels &kernels = *chosen;
@@ -176,11 +178,14 @@ void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *
 #else
         const int here = 1, thread = 0;
 #endif
-        for (i64 s = 0; s < count; ++s) {
+        for (i64 s = 0, next; s < count; s = next) {
             const i64 items = kernels.item_count(steps[s], T), share = items / (4 * here) + 1;
             for (i64 begin; (begin = counters[s].fetch_add(share, std::memory_order_relaxed)) < items;)
                 kernels.run_step(steps[s], T, begin, begin + share < items ? begin + share : items, thread);
-            meeting.arrive(here);
+            for (next = s + 1; next < count && kernels.item_count(steps[next], T) == 1;) ++next;
+            meeting.arrive(here, [&] {
+                for (i64 single = s + 1; single < next; ++single) kernels.run_step(steps[single], T, 0, 1, thread);
+            });
         }
     }
     crowding.judge(meeting.lost.load(), nanoseconds() - began, threads, T);

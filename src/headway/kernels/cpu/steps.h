@@ -28,7 +28,7 @@ struct Coded {
 
 enum Activation : i64 { NONE, RELU, GELU, GELU_TANH, QUICK_GELU, SILU, RELU2 };
 enum Normalization : i64 { PLAIN, RMS, LAYER };
-enum Kind : i64 { NORM, LINEAR, HEADS, ATTEND };
+enum Kind : i64 { NORM, LINEAR, HEADS, ATTEND, GATHER };
 
 // y = norm(in (T, D)) * weight + bias, then * scale: written to `out` or added to it, put in codes, or both. The strides
 // are floats from row to row.
@@ -81,6 +81,16 @@ struct Attend {
     i64 N, K, H, q_stride, window, causal, room, reach;
     float scale, cap;
     Columns columns;
+};
+
+// out (T, C) = or += scale * the rows `ids` of a table, in codes or in `plain` floats. ids are id_stride apart.
+struct Gather {
+    Matrix table;
+    const float *plain;
+    const i64 *ids;
+    float *out;
+    i64 id_stride, adds;
+    float scale;
 };
 
 struct Step {
