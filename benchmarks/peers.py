@@ -1,9 +1,10 @@
 """Headway in codes beside its peers on this machine: rounds in which each takes its turn, medians, ratios.
 
-    python benchmarks/peers.py decode prefill batch pair embed vision [--rounds 5] [--threads 2]
+    python benchmarks/peers.py decode large prefill batch pair embed vision [--rounds 5] [--threads 2]
 
 decode, prefill, batch: SmolLM2-135M in Q8_0, Q4_0 and Q4_1 against llama.cpp's own loop (package xllamacpp), which
-reads the same files and tells its own times. pair: an encoder-decoder of flan-t5-small's shape, random weights in INT8,
+reads the same files and tells its own times. large: Llama 3.2 1B's shape with SmolLM2's vocabulary, random weights in
+Q4_0, larger than any cache: every instruction set against llama.cpp and transformers. pair: an encoder-decoder of flan-t5-small's shape, random weights in INT8,
 against transformers in float32 and CTranslate2 in INT8 where that is installed. embed: all-MiniLM in INT8 against
 transformers in float32, sorted and batched as sentence-transformers does. vision: a ViT-S/16 with random weights.
 The last line is JSON.
@@ -20,13 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import clock, gemm_peak, report
+from common import clock, gemm_peak, memory_read, report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "real"))
 
@@ -126,6 +128,50 @@ def prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return beside_llama_cpp(args, folder, 512, ours, lambda peer, ids: peer.ask(ids, 1)["prompt_per_second"])
 
 
+def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens a second, and what they read of the weights as a share of the memory's measured speed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from headway.kernels.steps import levels, use_level
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    sizes |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 2048}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, rope_theta=500000.0)
+    theirs, count = LlamaForCausalLM(config).eval(), 24
+    theirs.save_pretrained(folder / "large")
+    with tempfile.TemporaryDirectory() as place:
+        words = Path(place) / "words"
+        saving.save(headway.load(smollm2(), dtype="float32"), words, "hf")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / "large" / name).write_bytes((words / name).read_bytes())
+    path = folder / "large.gguf"
+    saving.save(headway.load(folder / "large"), path, "gguf", dtype="q4_0")
+    loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
+    prompt = loaded.words.encode(wikitext("test")[:200])[:16]
+    given = torch.tensor([prompt])
+
+    def ours(level: str) -> float:
+        use_level(level)
+        return (count - 1) / (seconds(loaded, [prompt], count) - seconds(loaded, [prompt], 1))
+
+    def transformers(model: Any) -> float:
+        def took(new: int) -> float:
+            length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+            return clock(lambda: model.generate(given, **length))
+
+        return 7 / (took(8) - took(1))
+
+    int8 = torch.ao.quantization.quantize_dynamic(deepcopy(theirs), {torch.nn.Linear}, torch.qint8)
+    calls = {"headway": partial(ours, ""), **{f"headway, {level}": partial(ours, level) for level in levels()}}
+    calls |= {"llama.cpp": lambda: peer.ask(prompt, count)["predicted_per_second"]}
+    calls |= {"transformers": partial(transformers, theirs), "transformers, int8": partial(transformers, int8)}
+    found = in_turn(calls, args.rounds)
+    use_level("")
+    read, speed = path.stat().st_size * found["headway"][0], memory_read(args.threads)
+    return {**found, "GB/s": round(read / 1e9, 1), "memory, GB/s": round(speed / 1e9, 1), "share": round(read / speed, 2)}
+
+
 def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens a second of all rows together; llama.cpp's slots are asked at once."""
     from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +179,7 @@ def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     path, out = gguf_files(folder)["q8_0"], {}
     loaded = headway.load(path)
     prompt = loaded.words.encode(wikitext("test")[:200])[:16]
-    for rows in (4, 16):
+    for rows in (4, 16, 64):
         peer = LlamaCpp(path, args.threads, rows)
 
         def theirs() -> float:
@@ -237,7 +283,7 @@ def vision(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return in_turn(calls, args.rounds)
 
 
-PARTS = {"decode": decode, "prefill": prefill, "batch": batch, "pair": pair, "embed": embed, "vision": vision}
+PARTS = {"decode": decode, "large": large, "prefill": prefill, "batch": batch, "pair": pair, "embed": embed, "vision": vision}
 
 
 def main() -> None:

@@ -99,6 +99,7 @@ def _head(rng: random.Random, kind: str) -> dict[str, Any]:
             head["labels"] = rng.choice([2, 3])
         case "pooled-embedding":
             head |= {"normalize": rng.choice([True, False]), "temperature": rng.choice([0.05, 1.0])}
+            head["max_len"] = rng.choice([None, 3])
             head |= {"projection": rng.choice([None, 6]), "projection_bias": rng.choice([True, False])}
             head["transform"] = rng.choice(["none", "tanh"])
     if head["type"] in ("sequence-classification", "image-classification", "pooled-embedding"):

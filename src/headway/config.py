@@ -420,7 +420,8 @@ class Span(Frozen):
 class PooledEmbedding(Frozen):
     """One vector per sequence; contrastive training compares them by cosine over `temperature`.
 
-    `transform` tanh is BERT's pooler; `projection` the size of a last linear map (CLIP, arXiv:2103.00020).
+    `transform` tanh is BERT's pooler; `projection` the size of a last linear map (CLIP, arXiv:2103.00020); `max_len`
+    what longer texts are cut to, the template's tokens included, where that is less than the model could read.
     """
 
     type: Literal["pooled-embedding"] = "pooled-embedding"
@@ -429,6 +430,7 @@ class PooledEmbedding(Frozen):
     projection: Positive | None = None
     projection_bias: bool = False
     normalize: bool = True
+    max_len: Positive | None = None
     temperature: PositiveReal = 0.05
 
 

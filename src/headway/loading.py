@@ -327,6 +327,7 @@ def _load_folder(place: Path, dtype: torch.dtype | None, tower: str | None, *, a
     return _published(found, place, notes)
 
 
+SENTENCES = "sentence_bert_config.json"
 POOLING, MODULES, GENERATION = "1_Pooling/config.json", "modules.json", "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 POOLING_MODES = {
@@ -337,7 +338,7 @@ POOLING_MODES = {
 
 
 def pooling_beside(place: Path) -> PooledEmbedding | None:
-    """What `1_Pooling/config.json` and modules.json say, None without them. Raises InputError for another pooling."""
+    """What sentence-transformers' files say, None without its pooling's. Raises InputError for another pooling."""
     path = place / POOLING
     if not path.is_file():
         return None
@@ -349,7 +350,11 @@ def pooling_beside(place: Path) -> PooledEmbedding | None:
     steps = strict_json(files.read_bytes(modules, 1 << 20), str(modules)) if modules.is_file() else []
     types = [str(step.get("type")) for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     normalizes = any(name.endswith(".Normalize") for name in types)
-    return PooledEmbedding(pooling=POOLING_MODES[on[0]], normalize=normalizes)  # type: ignore[arg-type]  # one of Pooling
+    longest = hub_folder.read_json(place / SENTENCES).get("max_seq_length") if (place / SENTENCES).is_file() else None
+    if longest is not None and (not isinstance(longest, int) or longest < 1):
+        raise InputError(f"{place / SENTENCES}: max_seq_length", repr(longest), "a positive integer")
+    mode: Any = POOLING_MODES[on[0]]
+    return PooledEmbedding(pooling=mode, normalize=normalizes, max_len=longest)
 
 
 def ends_beside(config: ModelConfig, place: Path) -> ModelConfig:

@@ -32,6 +32,7 @@ from headway.loading import (
     POOLING_MODES,
     PREPROCESSOR,
     RECEIPT,
+    SENTENCES,
     Loaded,
 )
 from headway.nn.packed import Packed, unpacked, weights_of
@@ -161,6 +162,8 @@ def _sentence_transformer(head: PooledEmbedding, config: ModelConfig) -> Iterato
     ])  # fmt: skip
     pooling: dict[str, object] = {mode: how == head.pooling for mode, how in POOLING_MODES.items()}
     yield POOLING, _json({"word_embedding_dimension": config.d_model, **pooling})
+    if head.max_len is not None:
+        yield SENTENCES, _json({"max_seq_length": head.max_len, "do_lower_case": False})
 
 
 def _json(value: object) -> bytes:

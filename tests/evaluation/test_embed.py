@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headway import api
 from headway.config import ModelConfig
+from headway.errors import InputError
 from headway.evaluation.embed import TOKENS, embed
 from headway.loading import Loaded, load
 from headway.nn import Transformer
@@ -171,3 +172,29 @@ def test_an_encoder_of_ours_with_a_projection() -> None:
         expected = model.head.project.weight @ model(torch.tensor([ids])).hidden[0].mean(0)
         found = embed(model, tokenizer("wordpiece"), ["the dog", "the quick brown fox"])[0]
     assert (found - expected / expected.norm()).abs().max() < SAME
+
+
+def test_texts_are_cut_where_the_folder_says(tmp_path: Path) -> None:
+    """As sentence-transformers does: the template's tokens count; less than the model could read."""
+    place = sentence_transformer(tmp_path / "st", [MODES["mean"]], True)
+    whole = api.embed(load(place), TEXTS)
+    (place / "sentence_bert_config.json").write_text('{"max_seq_length": 5, "do_lower_case": false}')
+    loaded = load(place)
+    found = api.embed(loaded, TEXTS)
+    words = loaded.words
+    for vector, before, text in zip(found, whole, TEXTS, strict=True):
+        ids = words.encode(text)
+        cut = [*words.prefix_ids, *ids[:3], *words.suffix_ids]
+        expected = pooled(theirs("BertModel")(torch.tensor([cut])).last_hidden_state[0], "mean", True).detach()
+        assert (vector - expected).abs().max() < 1e-5
+        assert bool((vector - before).abs().max() > 1e-3) is (len(ids) > 3)
+    save(loaded, tmp_path / "again", "hf")
+    assert load(tmp_path / "again").config.head == loaded.config.head
+
+
+@pytest.mark.parametrize("wrong", ["0", '"256"', "1.5"])
+def test_a_length_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
+    place = sentence_transformer(tmp_path / "st", [MODES["mean"]], True)
+    (place / "sentence_bert_config.json").write_text(f'{{"max_seq_length": {wrong}}}')
+    with pytest.raises(InputError, match="max_seq_length"):
+        load(place)

@@ -30,7 +30,8 @@ def reference_embeddings(texts: list[str]) -> Tensor:
     out: list[Tensor] = [torch.empty(0)] * len(texts)
     for start in range(0, len(order), 32):
         some = order[start : start + 32]
-        batch = words([texts[i] for i in some], padding=True, truncation=True, max_length=512, return_tensors="pt")
+        # 256 as its sentence_bert_config.json says.
+        batch = words([texts[i] for i in some], padding=True, truncation=True, max_length=256, return_tensors="pt")
         with torch.no_grad():
             states = model(**batch).last_hidden_state
         real = batch["attention_mask"][..., None]
@@ -59,6 +60,7 @@ def test_minilm_goes_back_as_it_came(tmp_path: Path) -> None:
     assert again.config == loaded.config and again.weights_sha256 == loaded.weights_sha256
     _, loading_info = BertModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading_info["missing_keys"]
+    assert again.config.head.max_len == 256
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
 
 

@@ -29,11 +29,12 @@ def embed(
     """Vectors of texts, (len(texts), size) float32 on the CPU, in their order.
 
     A pooled-embedding head gives its vectors; any other model the mean of its last states over real tokens, of length
-    one. Texts longer than the model's context are cut at its end, as sentence-transformers does. Batches hold texts of
-    similar length, at most `tokens` with padding. `progress` is told the number of texts done.
+    one. Texts longer than the head's `max_len` or the model's context are cut, as sentence-transformers does. Batches
+    hold texts of similar length, at most `tokens` with padding. `progress` is told the number of texts done.
     """
     check_can_embed(model.config)
-    rows = [_cut(tokenizer, ids, model.config.max_len) for ids in tokenizer.encode_batch(texts)]
+    longest = min(getattr(model.config.head, "max_len", None) or model.config.max_len, model.config.max_len)
+    rows = [_cut(tokenizer, ids, longest) for ids in tokenizer.encode_batch(texts)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     out: list[Tensor | None] = [None] * len(rows)
     done = 0

@@ -188,7 +188,7 @@ def write_config(
         out |= {"id2label": said, "label2id": numbers}
     if config.kind == "encoder" and isinstance(config.head, PooledEmbedding):
         # A bare encoder's config is silent on pooling: files beside it say that.
-        ignoring = (*ignoring, "head.pooling", "head.normalize", "head.transform")
+        ignoring = (*ignoring, "head.pooling", "head.normalize", "head.transform", "head.max_len")
     different = [one for one in differences(config, again) if not one.startswith(ignoring)]
     if different:
         raise ConfigError(
