@@ -38,6 +38,12 @@ def gemm_peak(size: int = 2048, repeats: int = 7) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
+def memory_read(size: int = 1 << 29) -> float:
+    """Bytes/s that a sum over `size` bytes, more than any cache holds, reads at the current number of threads."""
+    numbers = torch.ones(size // 4)
+    return size / statistics.median([clock(numbers.sum) for _ in range(6)][1:])
+
+
 def clock(call: Callable[[], object]) -> float:
     """Seconds of one call."""
     begin = time.perf_counter()

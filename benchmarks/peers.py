@@ -166,10 +166,11 @@ def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     calls = {"headway": partial(ours, ""), **{f"headway, {level}": partial(ours, level) for level in levels()}}
     calls |= {"llama.cpp": lambda: peer.ask(prompt, count)["predicted_per_second"]}
     calls |= {"transformers": partial(transformers, theirs), "transformers, int8": partial(transformers, int8)}
+    calls |= {"memory, GB/s": lambda: memory_read() / 1e9}
     found = in_turn(calls, args.rounds)
     use_level("")
-    read, speed = path.stat().st_size * found["headway"][0], memory_read(args.threads)
-    return {**found, "GB/s": round(read / 1e9, 1), "memory, GB/s": round(speed / 1e9, 1), "share": round(read / speed, 2)}
+    read = path.stat().st_size / 1e9 * found["headway"][0]
+    return {**found, "GB/s": round(read, 1), "share": round(read / found["memory, GB/s"][0], 2)}
 
 
 def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -283,7 +284,15 @@ def vision(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return in_turn(calls, args.rounds)
 
 
-PARTS = {"decode": decode, "large": large, "prefill": prefill, "batch": batch, "pair": pair, "embed": embed, "vision": vision}
+PARTS = {
+    "decode": decode,
+    "large": large,
+    "prefill": prefill,
+    "batch": batch,
+    "pair": pair,
+    "embed": embed,
+    "vision": vision,
+}
 
 
 def main() -> None:

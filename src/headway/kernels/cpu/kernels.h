@@ -15,6 +15,7 @@ FN Block numbers(const void *from, i64 at, i64 half) {
 // A tile is what the registers have room for: sums of AT_ONCE rows with BESIDE vectors of a block, each of which then
 // meets each activation as it is loaded.
 static const int AT_ONCE = LEVEL >= 3 ? 8 : 4, BESIDE = LEVEL == 2 ? 2 : 1;
+static const i64 AHEAD = 2048;  // bytes of codes: by itself a core asks for too few at a time to keep the memory busy
 static const i64 PANEL = 16;  // rows whose codes stay in the first cache while all of W passes
 
 // out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
@@ -34,6 +35,7 @@ template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 
             if (w.minima) minimum = numbers(w.minima, at, w.half);
             left = per_group;
         }
+        for (int q = 0; q < QUADS; ++q) __builtin_prefetch(codes + AHEAD + q * 64);
         for (int p = 0; p < PARTS; p += BESIDE) {
             Sum<BITS> dots[COUNT][BESIDE];
             for (int r = 0; r < COUNT; ++r)
