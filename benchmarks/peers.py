@@ -4,9 +4,10 @@
 
 decode, prefill, batch: SmolLM2-135M in Q8_0, Q4_0 and Q4_1 against llama.cpp's own loop (package xllamacpp), which
 reads the same files and tells its own times. large: Llama 3.2 1B's shape with SmolLM2's vocabulary, random weights in
-Q4_0, larger than any cache: every instruction set against llama.cpp and transformers. pair: an encoder-decoder of flan-t5-small's shape, random weights in INT8,
-against transformers in float32 and CTranslate2 in INT8 where that is installed. embed: all-MiniLM in INT8 against
-transformers in float32, sorted and batched as sentence-transformers does. vision: a ViT-S/16 with random weights.
+Q4_0, larger than any cache: every instruction set against llama.cpp and transformers. pair: an encoder-decoder of
+flan-t5-small's shape, random weights in INT8, against transformers in float32 and CTranslate2 in INT8 where that is
+installed. embed: all-MiniLM in INT8 against transformers in float32, sorted and batched as sentence-transformers does.
+vision: a ViT-S/16 with random weights.
 The last line is JSON.
 """
 

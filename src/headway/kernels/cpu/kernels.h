@@ -14,13 +14,13 @@ FN Block numbers(const void *from, i64 at, i64 half) {
 
 // A tile is what the registers have room for: sums of AT_ONCE rows with BESIDE vectors of a block, each of which then
 // meets each activation as it is loaded.
-static const int AT_ONCE = LEVEL >= 3 ? 8 : 4, BESIDE = LEVEL == 2 ? 2 : 1;
+static const int AT_ONCE = LEVEL >= 3 ? 8 : 4;
 static const i64 AHEAD = 2048;  // bytes of codes: by itself a core asks for too few at a time to keep the memory busy
 static const i64 PANEL = 16;  // rows whose codes stay in the first cache while all of W passes
 
 // out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
 template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
-    const int QUADS = CHUNK / (BITS == 4 ? 8 : 4);
+    const int QUADS = CHUNK / (BITS == 4 ? 8 : 4), BESIDE = PARTS == 4 && COUNT > 1 ? 2 : PARTS;
     const i64 chunks = (w.columns + CHUNK - 1) / CHUNK, per_group = w.group / CHUNK, width = chunks * CHUNK;
     const i64 groups = (chunks + per_group - 1) / per_group;
     const uint8_t *codes = w.codes + block * chunks * QUADS * 64;

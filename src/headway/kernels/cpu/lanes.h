@@ -15,6 +15,7 @@ typedef float Floats VECTOR;
 typedef int32_t Ints VECTOR;
 typedef int16_t Shorts VECTOR;
 typedef uint16_t Words VECTOR;
+typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH / 4)));
 typedef uint8_t Codes VECTOR;  // four consecutive codes for each of LANES rows
 
@@ -93,27 +94,22 @@ template <class V> FN V apart(V value) { return value; }
 FN Codes low_halves(Codes pairs) { return pairs & 15; }
 FN Codes high_halves(Codes pairs) { return (Codes)(((Words)pairs >> 4) & 0x0F0F); }
 
-FN float half_to_float(uint16_t half) {
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
-    uint32_t bits = sign | ((rest << 13) + 0x38000000);
-    if (rest >= 0x7C00) bits = sign | 0x7F800000 | ((rest & 0x3FF) << 13);
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    if (rest >= 0x400) return value;
-    value = (float)rest * 5.9604644775390625e-8f;  // zero or subnormal: a whole multiple of 2^-24
-    return sign ? -value : value;
-}
-
 FN Floats load_halves(const uint16_t *from) {
 #if LEVEL >= 3
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 #elif LEVEL == 2
     return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
-    Floats out;
-    for (int i = 0; i < LANES; ++i) out[i] = half_to_float(from[i]);
-    return out;
+    const Ints half = __builtin_convertvector(load<Halves>(from), Ints), rest = half & 0x7FFF;
+    const Ints normal = (rest << 13) + 0x38000000, beyond = (rest << 13) | 0x7F800000;
+    const Floats small = to_floats(rest) * 5.9604644775390625e-8f;  // zero or subnormal: a whole multiple of 2^-24
+    return (Floats)((rest < 0x400 ? (Ints)small : rest < 0x7C00 ? normal : beyond) | (half & 0x8000) << 16);
 #endif
+}
+
+FN float half_to_float(uint16_t half) {
+    const uint16_t several[LANES] = {half};
+    return load_halves(several)[0];
 }
 
 // LANES numbers from place `at` of floats or half floats.
@@ -124,9 +120,9 @@ FN Floats numbers_at(const void *from, i64 at, i64 half) {
 // The running sum of LANES rows over quadruples of codes times activations. BITS says how large codes may be: 4 (below
 // 16), 7 (below 128) or 8. SHIFT is what `total` has taken off each code.
 //
-// Without VNNI bytes are multiplied into sums of 16 bits, which hold 16 products of 15 * 127, two of 127 * 127, and none
-// more of 255 * 127: 4-bit codes of one chunk are summed in 16 bits, others in 32. AVX2 multiplies in pairs; there 8-bit
-// codes are made signed, and their sign goes over to the activation.
+// Without VNNI, AVX2 and AVX-512 multiply bytes into sums of 16 bits, which hold 16 products of 15 * 127, two of 127 * 127,
+// and none more of 255 * 127: 4-bit codes of one chunk are summed in 16 bits, others in 32; 8-bit codes are made signed,
+// and their sign goes over to the activation. The portable kernel widens both first.
 template <int BITS> struct Sum {
 #if LEVEL == 2 || LEVEL == 3
     static const int SHIFT = BITS == 8 ? 128 : 0;
@@ -157,15 +153,17 @@ template <int BITS> struct Sum {
             code = _mm256_abs_epi8(code);
         }
         add_pairs((Shorts)_mm256_maddubs_epi16(code, times));
+#elif HEADWAY_X86
+        // Two columns at a time in 16 bits, the first and the third and then the others.
+        const __m128i four16 = _mm_srai_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(packed), _mm_cvtsi32_si128(packed)), 8);
+        const __m128i even = _mm_shuffle_epi32(_mm_shufflelo_epi16(four16, 0x88), 0);
+        const __m128i odd = _mm_shuffle_epi32(_mm_shufflelo_epi16(four16, 0xDD), 0);
+        ints += (Ints)_mm_madd_epi16((__m128i)((Words)codes & 255), even);
+        ints += (Ints)_mm_madd_epi16((__m128i)((Words)codes >> 8), odd);
+        asm("" : "+x"(ints));
 #else
-        const Ints both = splat((four[0] & 0xFFFF) | four[2] * 65536), others = splat((four[1] & 0xFFFF) | four[3] * 65536);
-        const Shorts even = (Shorts)((Words)codes & 255), odd = (Shorts)((Words)codes >> 8);
-        if (BITS == 8) {
-            add_pairs(even * (Shorts)both);
-            add_pairs(odd * (Shorts)others);
-        } else {
-            add_pairs(even * (Shorts)both + odd * (Shorts)others);
-        }
+        const Ints even = splat((four[0] & 0xFFFF) | four[2] * 65536), odd = splat((four[1] & 0xFFFF) | four[3] * 65536);
+        ints += widened((Shorts)((Words)codes & 255) * (Shorts)even) + widened((Shorts)((Words)codes >> 8) * (Shorts)odd);
 #endif
     }
 
@@ -187,5 +185,5 @@ template <int BITS> struct Sum {
 #endif
     }
 
-    TARGET Ints total() const { return BITS == 4 && LEVEL != 4 ? widened((Shorts)ints) : ints; }
+    TARGET Ints total() const { return BITS == 4 && (LEVEL == 2 || LEVEL == 3) ? widened((Shorts)ints) : ints; }
 };
