@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import image_toys
 import pytest
 import torch
 from test_loading import published
@@ -97,3 +98,22 @@ def test_a_model_in_codes(command, model: Path, tmp_path: Path) -> None:
     assert command("quantize", tmp_path / "small", tmp_path / "again", *WORDS).code == 2
     words = (*WORDS, "--dtype", "float32", "--to", "int4", "--force")
     assert command("quantize", tmp_path / "small", tmp_path / "again", *words).code == 0
+
+
+def test_a_vision_model_is_measured_on_images(command, tmp_path: Path) -> None:
+    """Its codes answer like it, and `eval` measures both on the same held-out side."""
+    images = image_toys.folder(tmp_path / "images")
+    run = tmp_path / "run"
+    sizes = ("model.depth=1", "train.steps=4", "train.batch_size=4")
+    assert command("train", f"data.path={images}", *sizes, "--output", run, "--json").code == 0
+    words = ("--calibration-tokens", 200, "--measured-tokens", 200, "--json")
+    missing = command("quantize", run, tmp_path / "none", *words)
+    assert missing.code == 2 and "--data IMAGES" in missing.error
+    for to in ("int8", "int4"):
+        said = command("quantize", run, tmp_path / to, "--to", to, "--data", images, "--bound", 0.5, *words)
+        cosine = said.json["figures"]["cosine"]
+        assert said.code == 0 and cosine["value"] > 0.9
+        both = [command("eval", place, "--data", images, "--json").json for place in (run, tmp_path / to)]
+        accuracies = [row["accuracy"] for row in both]
+        assert [row["n"] for row in accuracies] == [20, 20]
+        assert abs(accuracies[0]["value"] - accuracies[1]["value"]) <= 0.1

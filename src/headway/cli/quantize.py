@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from headway.api import Loaded
     from headway.cli.display import Display
+    from headway.config import ModelConfig
     from headway.nn import Transformer
     from headway.quantization.receipt import Receipt
     from headway.quantization.walk import Scheme
@@ -33,7 +34,9 @@ class Options(Common):
     group: Annotated[int, option(min=32, help="Columns that share a scale: 32, 64 or 128.")] = 32
     asymmetric: Annotated[bool, option("--asymmetric", help="A minimum beside each scale, for INT4.")] = False
     method: Annotated[str | None, option(help="round, search, awq, smooth or gptq [gptq; 8 bits: round].")] = None
-    data: Annotated[str | None, option(help="Text to calibrate and to measure on [Python's documentation].")] = None
+    data: Annotated[
+        str | None, option(help="Text or images, for calibration and measure [Python's documentation].")
+    ] = None
     calibration_tokens: Annotated[int, option(min=1, help="Tokens that calibration reads.")] = 16384
     measured_tokens: Annotated[int, option(min=2, help="Tokens that both models are measured on.")] = 8192
     context: Annotated[int, option(min=2, help="Tokens of a window, at most the model's max_len.")] = 512
@@ -135,8 +138,10 @@ def _windows(loaded: Loaded, options: Options, *, needs_both: bool) -> tuple[Win
     import torch
 
     config = loaded.config
-    if not config.vocab_size:
-        raise ConfigError("PATH", f"a model of kind {config.kind}", "a model that reads text", "another PATH")
+    if config.embeddings.patch is not None:
+        return _pictures(config, options)
+    if config.embeddings.audio is not None or not config.vocab_size:
+        raise ConfigError("PATH", "a model that hears", "a model that reads text or sees images", "another PATH")
     context = min(options.context, config.max_len)
     wanted = options.calibration_tokens * needs_both + options.measured_tokens
     ids: list[int] = []
@@ -157,6 +162,35 @@ def _windows(loaded: Loaded, options: Options, *, needs_both: bool) -> tuple[Win
     first = first[: -(-options.calibration_tokens // context)]
     more = {"decoder_input_ids": torch.tensor([[config.tokens.decoder_start or 0]])} if loaded.model.is_pair else {}
     return tuple([{"input_ids": torch.tensor([window]), **more} for window in side] for side in (first, last))  # type: ignore[return-value]  # of two
+
+
+_IMAGES = 16  # of a batch
+
+
+def _pictures(config: ModelConfig, options: Options) -> tuple[Windows, Windows]:
+    """Images to calibrate on, from a set's training side, and to measure on, from the side that is held out.
+
+    They are spread over their side, so that all classes count; as many as their patches make the tokens asked for.
+    """
+    import numpy as np
+
+    from headway.data.images import find_images
+    from headway.run_config import ImageClassification
+    from headway.training.pictures import ImageBatches
+
+    patch = config.embeddings.patch
+    assert patch is not None
+    if options.data is None:
+        found = f"a model of kind {config.kind}"
+        raise ConfigError("--data", f"missing, for {found}", "a folder of images to measure on", "--data IMAGES")
+    out, sides = [], find_images(options.data, None, patch.image, 0.1)
+    for images, tokens in zip(sides, (options.calibration_tokens, options.measured_tokens), strict=True):
+        count = min(-(-tokens // patch.count), len(images.labels))
+        places = np.linspace(0, len(images.labels) - 1, count).astype(int)
+        batches = ImageBatches(images, ImageClassification(), patch.size)
+        groups = [places[begin : begin + _IMAGES].tolist() for begin in range(0, count, _IMAGES)]
+        out.append([{"pixel_values": batches.collate(group, None)["pixel_values"]} for group in groups])
+    return out[0], out[1]
 
 
 def _texts(data: str | None) -> Iterable[str]:
