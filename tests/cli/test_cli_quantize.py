@@ -117,3 +117,30 @@ def test_a_vision_model_is_measured_on_images(command, tmp_path: Path) -> None:
         accuracies = [row["accuracy"] for row in both]
         assert [row["n"] for row in accuracies] == [20, 20]
         assert abs(accuracies[0]["value"] - accuracies[1]["value"]) <= 0.1
+
+
+def test_layers_are_widened_until_the_quality_is_kept(command, trained: Path, corpus: Path, tmp_path: Path) -> None:
+    amount = ("--data", corpus, "--calibration-tokens", 256, "--measured-tokens", 512, "--context", 32)
+    words, model = ("--to", "int4", "--method", "round", *amount, "--json"), trained
+    costs = {}
+    for to in ("int4", "int8"):
+        said = command(
+            "quantize", model, tmp_path / to, "--to", to, "--bound", 9, "--method", "round", *amount, "--json"
+        ).json
+        costs[to] = said["figures"]["loss_change"]["value"]
+    asked = costs["int8"] + 0.4 * (costs["int4"] - costs["int8"])
+    said = command("quantize", model, tmp_path / "mixed", "--quality", asked, *words)
+    assert said.code == 0 and said.json["figures"]["loss_change"]["value"] <= asked < costs["int4"]
+    wide = [
+        name for line in said.err.splitlines() if "8 bits: " in line for name in line.split("8 bits: ")[1].split(", ")
+    ]
+    again = headway.load(tmp_path / "mixed")
+    kinds = {name: leaf.kinds for name, leaf in again.model.named_modules() if isinstance(leaf, PackedLinear)}
+    inner = {name: kind for name, kind in kinds.items() if ".blocks." in name}
+    assert {name for name, kind in inner.items() if kind == ["INT8/32"]} == set(wide)
+    assert 0 < len(wide) < len(inner) and f"{len(wide)} of {len(inner)} layers" in again.receipt["scheme"]
+    easy = command("quantize", model, tmp_path / "easy", "--quality", 9, *words).json
+    assert easy["scheme"].startswith("int4, 0 of ")
+    hard = command("quantize", model, tmp_path / "hard", "--quality", -9, *words)
+    assert hard.code == 5 and not (tmp_path / "hard").exists()
+    assert command("quantize", model, tmp_path / "x", "--to", "int8", "--quality", 0.1).code == 2

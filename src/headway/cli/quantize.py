@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from headway.cli.opening import opened
 from headway.cli.options import Common, by_name, option
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headway.api import Loaded
     from headway.cli.display import Display
     from headway.config import ModelConfig
+    from headway.evaluation import Interval
     from headway.nn import Transformer
     from headway.quantization.receipt import Receipt
     from headway.quantization.walk import Scheme
@@ -41,6 +42,7 @@ class Options(Common):
     measured_tokens: Annotated[int, option(min=2, help="Tokens that both models are measured on.")] = 8192
     context: Annotated[int, option(min=2, help="Tokens of a window, at most the model's max_len.")] = 512
     bound: Annotated[float, option(help="Nats a token, or 1 - cosine, above which nothing is kept.")] = 0.1
+    quality: Annotated[float | None, option(help="Keep the cost below: as few layers as that needs get 8 bits.")] = None
     force: Annotated[bool, option("--force", help="Keep the file whatever it costs.")] = False
     overwrite: Annotated[bool, option("--overwrite", help="Replace what stands at DST.")] = False
     dtype: Annotated[str, option(help="stored, or float32 to round a model in codes a second time.")] = "stored"
@@ -55,6 +57,8 @@ def run(options: Options) -> None:
         found = f"{len(options.paths)} paths"
         raise ConfigError("PATH", found, "a model and DST", "headway quantize PATH DST --to int4")
     scheme = _scheme(options)
+    if options.quality is not None and scheme.blocks.bits > 4:
+        raise ConfigError("--quality", f"--to {options.to}", "4 bits, of which it can make 8", "--to int4")
     method = options.method or ("gptq" if scheme.blocks.bits == 4 else "round")
     form = "gguf" if _is_gguf(options.to) else "headway"
     from dataclasses import replace
@@ -112,22 +116,43 @@ def _made(
 ) -> tuple[Transformer, Receipt]:
     from headway.launch import Phase
     from headway.quantization.calibration import second_moments
+    from headway.quantization.mixed import mixed
     from headway.quantization.receipt import compare, receipt
     from headway.quantization.walk import CALIBRATED, linear_layers, quantized
 
-    first, last = _windows(loaded, options, needs_both=method in CALIBRATED)
-    moments = None
-    if method in CALIBRATED:
-        names = linear_layers(loaded.model)
+    is_calibrated = method in CALIBRATED
+    first, last = _windows(loaded, options, needs_both=is_calibrated or options.quality is not None)
+    moments = {}
+    if first:
         moments = second_moments(
-            loaded.model, names, first, lambda done: display(Phase("calibration", done, len(first)))
+            loaded.model,
+            linear_layers(loaded.model),
+            first,
+            lambda done: display(Phase("calibration", done, len(first))),
         )
-    small = quantized(
-        loaded.model, scheme, method, moments, lambda done, total: display(Phase("rounding", done, total))
-    )
-    figures = compare(loaded.model, small, last, lambda done: display(Phase("measuring", done, len(last))))
-    paid = receipt(loaded.model, small, figures, scheme=options.to, method=method, data=options.data or _OWN_TEXT)
+
+    def rounded(scheme: Scheme, method: str) -> Transformer:
+        given = moments if is_calibrated else None
+        return quantized(loaded.model, scheme, method, given, lambda *done: display(Phase("rounding", *done)))
+
+    small = rounded(scheme, method)
+    to = options.to
+
+    def measured(model: Transformer) -> dict[str, Interval]:
+        return compare(loaded.model, model, last, lambda done: display(Phase("measuring", done, len(last))))
+
+    if options.quality is not None:
+        large = rounded(scheme._replace(blocks=scheme.outer), "round")
+        found = mixed(loaded.model, small, large, moments, lambda model: _cost(measured(model)), options.quality)
+        small, to = found.model, f"{to}, {len(found.wide)} of {len(moments)} layers in 8 bits"
+        note(f"8 bits: {', '.join(sorted(found.wide)) or 'no layer'}")
+    paid = receipt(loaded.model, small, measured(small), scheme=to, method=method, data=options.data or _OWN_TEXT)
     return small, paid
+
+
+def _cost(figures: dict[str, Interval]) -> float:
+    """Nats a token, or 1 - cosine."""
+    return figures["loss_change"].value if "loss_change" in figures else 1 - figures["cosine"].value
 
 
 Windows = list[dict[str, "Tensor"]]
@@ -205,12 +230,12 @@ def _texts(data: str | None) -> Iterable[str]:
 
 def _gate(paid: Receipt, options: Options) -> None:
     """Refuse what costs more than the bound. Raises DivergedError (exit 5)."""
-    figures: dict[str, Any] = paid.figures
-    cost = figures["loss_change"].value if "loss_change" in figures else 1 - figures["cosine"].value
-    if cost <= options.bound or options.force:
+    figures, cost = paid.figures, _cost(paid.figures)
+    bound = options.bound if options.quality is None else options.quality
+    if cost <= bound or options.force:
         return
     before = (
         f", from {figures['loss_before'].value:.4f} to {figures['loss_after'].value:.4f}" if "kl" in figures else ""
     )
     fix = "--method gptq, --group 32, --to int8, or --force to keep it"
-    raise DivergedError("quality", f"{options.to} costs {cost:.4f}{before}", f"at most {options.bound}", fix)
+    raise DivergedError("quality", f"{options.to} costs {cost:.4f}{before}", f"at most {bound}", fix)
