@@ -5,7 +5,8 @@
 Loss and perplexity over `windows` windows of 512 tokens of the raw test text; both models read the same ones, so the
 change has an interval of its own. ARC-Easy (arXiv:1803.05457) and HellaSwag (arXiv:1905.07830): of the answers, the one
 with the highest log-likelihood per byte; `questions` of each, spread over the set. GPTQ looks at 16,384 tokens of the
-validation text. Rounding to groups of 32 is what llama.cpp's Q4_0 is. The last line is JSON.
+validation text. Rounding to groups of 32 is what llama.cpp's Q4_0 is; "weights alone"
+is INT8 unpacked, so that inputs keep all their bits. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import headway
 from headway.evaluation.interval import ratio_interval
 from headway.generation.session import inference
 from headway.nn import Transformer
-from headway.nn.packed import exact
+from headway.nn.packed import unpacked, weights_of
 from headway.quantization.calibration import second_moments
 from headway.quantization.receipt import compare
 from headway.quantization.walk import SCHEMES, linear_layers, quantized
@@ -44,24 +45,13 @@ def windows(loaded: headway.Loaded, split: str, count: int) -> list[dict[str, to
     return [{"input_ids": row} for row in torch.tensor(ids).view(-1, 1, CONTEXT)]
 
 
-class Exactly:
-    """A model in codes whose inputs keep all their bits: what rounding the weights alone costs."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model, self.config = model, model.config
-
-    def __call__(self, **given: torch.Tensor) -> Any:
-        with exact():
-            return self.model(**given)
-
-
 def forms(loaded: headway.Loaded, count: int) -> dict[str, Model]:
     plain = loaded.model
     moments = second_moments(plain, linear_layers(plain), windows(loaded, "valid", count))
     rounded = partial(quantized, plain)
     int8 = rounded(SCHEMES["int8"], "round")
     return {
-        "int8, weights alone": Exactly(int8),
+        "int8, weights alone": Transformer.of(loaded.config, unpacked(weights_of(int8))).eval(),
         "int8": int8,
         "q4_0, rounded": rounded(SCHEMES["q4_0"], "round"),
         "q4_0, gptq": rounded(SCHEMES["q4_0"], "gptq", moments),

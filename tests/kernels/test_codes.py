@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -191,3 +194,24 @@ def test_rows_of_a_table_are_its_twin_to_the_last_bit(level: str, matrix: CodedM
             steps.rows(matrix, torch.tensor([0, matrix.shape[0]]))
     assert torch.equal(found, matrix.rows(ids))
     assert torch.equal(found, matrix.weights()[ids])
+
+
+@pytest.mark.parametrize("asked", ["off", "portable", "sse9"])
+def test_the_environment_says_which_kernels(asked: str) -> None:
+    """The same product in a process of its own: by the twin, by the portable kernel, or refused by name."""
+    script = (
+        "import torch; torch.manual_seed(0); from headway.kernels import native, steps\n"
+        "from headway.kernels.codes import from_blocks, product\n"
+        "from headway.kernels.ggml import quantize\n"
+        "x, w = torch.randn(2, 64), from_blocks('Q8_0', quantize('Q8_0', torch.randn(32, 64)))\n"
+        "gap = (steps.linear(x, w) - product(x, w)).abs().max().item()\n"
+        "print(native.library() is None, gap == 0, gap < 1e-4)\n"
+    )
+    env = {**os.environ, "HEADWAY_KERNELS": asked}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    if asked == "sse9" and steps.levels():
+        assert "HEADWAY_KERNELS: 'sse9'; expected off, portable" in done.stderr
+    else:
+        is_off, is_twin, is_near = done.stdout.split()
+        assert is_near == "True" and (is_off == "True") is (asked == "off" or not steps.levels())
+        assert is_twin == "True" or asked != "off"

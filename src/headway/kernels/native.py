@@ -10,24 +10,44 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from headway.errors import ConfigError
+
 _enabled = True
+
+
+FORCED = os.environ.get("HEADWAY_KERNELS", "")
+"""An instruction set to keep to, or `off`; without it the best one that the machine has."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, None where they were not built, or from sources whose structs are others than Python's."""
+    """The compiled kernels, None where they were not built, or from sources whose structs are others than Python's.
+
+    Raises ConfigError for an instruction set in HEADWAY_KERNELS that is not there.
+    """
+    if FORCED == "off":
+        return None
     for path in sorted(Path(__file__).parent.glob("_native*.so")):
         with contextlib.suppress(OSError):
             lib = ctypes.CDLL(str(path))
             if fits(lib):
-                return lib
+                return _kept_to(lib)
     return None
+
+
+def _kept_to(lib: ctypes.CDLL) -> ctypes.CDLL:
+    if not lib.hw_use_level(FORCED.encode()):
+        lib.hw_levels.restype = ctypes.c_char_p
+        there = ", ".join(lib.hw_levels().decode().split())
+        raise ConfigError("HEADWAY_KERNELS", repr(FORCED)[:80], f"off, {there}")
+    return lib
 
 
 def fits(lib: ctypes.CDLL) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from headway.kernels.codes import ROWS, CodedMatrix, check_rows, product
-from headway.kernels.native import library, usable
+from headway.kernels.native import FORCED, library, usable
 
 
 class Matrix(ctypes.Structure):
@@ -100,9 +100,9 @@ def levels() -> list[str]:
 
 
 def use_level(name: str = "") -> bool:
-    """Use one of `levels` from now on, by default the best. Returns whether it is there."""
+    """Use one of `levels` from now on, by default HEADWAY_KERNELS or the best. Returns whether it is there."""
     lib = library()
-    return lib is not None and bool(lib.hw_use_level(name.encode()))
+    return lib is not None and bool(lib.hw_use_level((name or FORCED).encode()))
 
 
 def linear(x: Tensor, matrix: CodedMatrix, bias: Tensor | None = None, planes: int = 1) -> Tensor:
