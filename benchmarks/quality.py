@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from headway.quantization.receipt import compare
 from headway.quantization.walk import SCHEMES, linear_layers, quantized
 
 CONTEXT = 512
-Model = Callable[..., Any]
 
 
 def windows(loaded: headway.Loaded, split: str, count: int) -> list[dict[str, torch.Tensor]]:
@@ -45,20 +44,19 @@ def windows(loaded: headway.Loaded, split: str, count: int) -> list[dict[str, to
     return [{"input_ids": row} for row in torch.tensor(ids).view(-1, 1, CONTEXT)]
 
 
-def forms(loaded: headway.Loaded, count: int) -> dict[str, Model]:
+def forms(loaded: headway.Loaded, count: int) -> Iterator[tuple[str, Transformer]]:
+    """Made when they are asked for: the first figures come early."""
     plain = loaded.model
-    moments = second_moments(plain, linear_layers(plain), windows(loaded, "valid", count))
     rounded = partial(quantized, plain)
     int8 = rounded(SCHEMES["int8"], "round")
-    return {
-        "int8, weights alone": Transformer.of(loaded.config, unpacked(weights_of(int8))).eval(),
-        "int8": int8,
-        "q4_0, rounded": rounded(SCHEMES["q4_0"], "round"),
-        "q4_0, gptq": rounded(SCHEMES["q4_0"], "gptq", moments),
-    }
+    yield "int8", int8
+    yield "int8, weights alone", Transformer.of(loaded.config, unpacked(weights_of(int8))).eval()
+    yield "q4_0, rounded", rounded(SCHEMES["q4_0"], "round")
+    moments = second_moments(plain, linear_layers(plain), windows(loaded, "valid", count))
+    yield "q4_0, gptq", rounded(SCHEMES["q4_0"], "gptq", moments)
 
 
-def right(model: Model, loaded: headway.Loaded, docs: list[dict[str, Any]]) -> list[bool]:
+def right(model: Transformer, loaded: headway.Loaded, docs: list[dict[str, Any]]) -> list[bool]:
     """Whether the answer with the highest log-likelihood per byte is the right one, for each question."""
     out = []
     for doc in docs:
@@ -96,8 +94,8 @@ def main() -> None:
         known = {name: right(loaded.model, loaded, docs) for name, docs in sets.items()}
         found["float32"] = {name: share(map(float, hits)) for name, hits in known.items()}
         print(found, flush=True)
-        for name, model in forms(loaded, 32).items():
-            figures = compare(loaded.model, model, some)  # type: ignore[arg-type]
+        for name, model in forms(loaded, 32):
+            figures = compare(loaded.model, model, some)
             row: dict[str, Any] = {figure: [round(x, 4) for x in one[:3]] for figure, one in figures.items()}
             row["perplexity"] = [round(math.exp(figures[f"loss_{when}"].value), 4) for when in ("before", "after")]
             row["perplexity, %"] = [round(100 * math.expm1(x), 2) for x in figures["loss_change"][:3]]

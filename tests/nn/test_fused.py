@@ -339,3 +339,24 @@ def test_answers_are_not_overwritten_by_the_next_token() -> None:
     model(ids[:, 5:6], cache=cache)
     assert type(cache.fused) is NextToken
     assert torch.equal(first.logits, kept[0]) and torch.equal(first.hidden, kept[1])
+
+
+@pytest.mark.parametrize("level", steps.levels())
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("gemma", "mistral", *IN_PARTS)])
+@torch.no_grad()
+def test_tokens_read_together_are_those_read_one_by_one(form: str, kind: str, level: str) -> None:
+    """To the last bit, without windows: no rounding of a code can fall the other way."""
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS[form]}), (kind,))
+    ids = torch.randint(50, (2, 30))
+    assert steps.use_level(level)
+    try:
+        one_by_one, _ = decoded(model, ids, 3)
+        for T in (2, 3, 5, 9):
+            cache = model.new_cache(2, 32)
+            model(ids[:, :3], cache=cache)
+            parts = [model(ids[:, at : at + T], cache=cache).logits for at in range(3, 30, T)]
+            assert type(cache.fused) is NextToken and len(cache.programs) <= 2
+            assert torch.equal(torch.cat(parts, 1), one_by_one[:, 3:])
+    finally:
+        steps.use_level()

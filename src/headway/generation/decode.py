@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headway.errors import ConfigError, HeadwayError, InputError
 from headway.generation.beam import search
+from headway.generation.lookup import Lookup
 from headway.generation.options import GenerationOptions
 from headway.generation.prompts import Prompt, PromptLike, check_can_generate, end_ids, prepare
 from headway.generation.result import FinishReason, Generation, TokenLogprob, finite, nonfinite
@@ -184,7 +185,10 @@ class _Batch:
             rows = torch.arange(len(self.prompts), device=logits.device).repeat_interleave(self.options.n)
             self.session.reorder(rows)
             logits = logits[rows]
-        active = self.sequences
+        active, read = self.sequences, self.session.next
+        if self.options.lookup and self.session.can_forget:
+            lookup = Lookup(self.session, [*self.prompts[0].ids, *([0] if self.is_pair else [])], self.options.lookup)
+            read = lookup.next_of
         while True:
             ids = self.sampler.choose(logits)
             chosen = ids.tolist()
@@ -200,7 +204,7 @@ class _Batch:
                 self.session.reorder(rows)
                 self.sampler.reorder(rows)
                 active, ids = [active[place] for place in kept], ids[rows]
-            logits = self.session.next(ids)
+            logits = read(ids)
 
     def _advance(self, sequence: _Sequence, token_id: int) -> bool:
         """Give a sequence its token; False when that finished it."""

@@ -81,6 +81,13 @@ OPTION_RULES: tuple[Rule, ...] = (
         lambda o: "beams=1",
     ),
     Rule(
+        ("beams", "lookup"),
+        lambda o: o.beams > 1 and o.lookup > 0,
+        lambda o: f"{o.beams} beams with lookup={o.lookup}, which guesses one text",
+        "one beam",
+        lambda o: "lookup=0",
+    ),
+    Rule(
         ("length_penalty", "beams"),
         lambda o: o.beams == 1 and bool({"length_penalty", "early_stopping"} & o.model_fields_set),
         lambda o: "length_penalty or early_stopping without a beam search",
@@ -111,7 +118,8 @@ class GenerationOptions(Checked):
     Beam search: beams (1) live hypotheses, of which the n best are returned; their score is the sum of
     log-probabilities over length ** length_penalty. early_stopping True ends at `beams` finished hypotheses, False
     when no live one beats the worst finished one at its present length, "never" when none could at any length.
-    batch_size: sequences decoded together; results do not depend on it.
+    batch_size: sequences decoded together; results do not depend on it. lookup (0): tokens to guess ahead from what
+    stood here before, in a text of its own; it changes the speed and, but for rounding, nothing else.
 
     Raises:
         ConfigError: naming the field, or both fields of a combination that cannot be.
@@ -141,6 +149,8 @@ class GenerationOptions(Checked):
     length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
     early_stopping: bool | Literal["never"] = False
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+
+    lookup: Annotated[int, Field(ge=0, le=64)] = 0
 
     rules: ClassVar = OPTION_RULES
 

@@ -129,14 +129,42 @@ class Session:
 
     def next(self, ids_B: Tensor) -> Tensor:
         """Append a token to each row: (B,) -> (B, V)."""
-        column = ids_B[:, None]
-        if self.model.is_pair:
-            out = self.model(decoder_input_ids=column, cache=self.cache)
-        else:
-            out = self.model(column, cache=self.cache)
         if self._memory is not None:
-            self._memory.ids.append(int(ids_B[0]))
-        logits: Tensor = out.logits[:, -1, : self.vocab]
+            self.keep(int(ids_B[0]))
+        return self._read(ids_B[:, None])[:, -1]
+
+    def several(self, ids: Sequence[int]) -> Tensor:
+        """Append a token to the only row, and guesses of what follows it: the logits (T, V) behind each.
+
+        A guess that came true is to be kept, others to be forgotten.
+        """
+        self.cache.last_only = False
+        self.keep(ids[0])
+        return self._read(torch.tensor([ids], device=self.device))[0]
+
+    def keep(self, token: int) -> None:
+        """A token that was read counts as said."""
+        if self._memory is not None:
+            self._memory.ids.append(token)
+
+    def forget(self, count: int) -> None:
+        """Take back the last tokens that were read."""
+        assert self.cache.length is not None
+        self.cache.crop(self.cache.length - count)
+
+    @property
+    def can_forget(self) -> bool:
+        """Whether it has one row, whose tokens all stay in the cache."""
+        rolls = any(slots.capacity < self.cache.max_len for slots in self.cache.groups.values())
+        return len(self.cache.lengths) == 1 and self.cache.length is not None and not rolls
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many tokens more fit into the cache."""
+        return self.cache.length is not None and self.cache.length + count <= self.cache.max_len
+
+    def _read(self, ids_BT: Tensor) -> Tensor:
+        given = {"decoder_input_ids" if self.model.is_pair else "input_ids": ids_BT}
+        logits: Tensor = self.model(**given, cache=self.cache).logits[..., : self.vocab]
         return logits
 
     def reorder(self, rows: Tensor) -> None:

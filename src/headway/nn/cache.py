@@ -155,8 +155,8 @@ class Cache:
         self.encoder_real: Tensor | None = None
         self.encoder_hidden: Tensor | None = None
         self.last_only = False
-        self.fused: object | None = None  # what nn/fused.py keeps from call to call, and what it was made for
-        self.fused_for: tuple[object, ...] | None = None
+        self.fused: object | None = None  # the steps that ran last
+        self.programs: dict[object, object | None] = {}  # that nn/fused.py keeps
         self.is_whole = True  # nothing is known to keep a new token from being a single call (nn/next_token.py)
 
     def next_positions(self, T: int, real: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ class Fused:
         cache: Cache | None,
         encoded: Encoded | None,
     ) -> None:
-        self.rows, self.keys, self._room, self._cache, self._encoded = rows, keys, room, cache, encoded
+        self.rows, self.keys, self._cache, self._encoded = rows, keys, cache, encoded
+        self._room = room + -room % ROWS  # whole vectors
         self._buffers, self._steps = Buffers(), list[ctypes.Structure]()
         first = stack.blocks[0]
         assert isinstance(first, Block)
@@ -85,7 +86,7 @@ class Fused:
         self._qkv = self._buffers.floats(rows, (heads.N + 2 * heads.K) * heads.H)
         self._mixed = self._buffers.floats(rows, heads.N * heads.H)
         self._angles: dict[bool, Tensor] = {}
-        self._scratch = self._buffers.floats(torch.get_num_threads(), steps.QUERIES * room)
+        self._scratch = self._buffers.floats(torch.get_num_threads(), steps.QUERIES * self._room)
         self._codes: dict[tuple[int, int, str], Coded] = {}
         self._bias = None if stack.bias is None else stack.bias.by_distance(room)
         for layer, block in enumerate(stack.blocks):
@@ -380,15 +381,9 @@ def _cached(stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache, encoded: En
     B, T, _ = x_BTD.shape
     if any(slots.columns(T) is None for slots in cache.groups.values()):
         raise UnfitError
-    if made_for(cache, Fused, B * T) != cache.fused_for:
-        # That a stack is unfit is kept as well; cross-attention's keys are there only after the first time.
-        cache.fused, cache.fused_for = None, made_for(cache, Fused, B * T)
-        cache.fused = Fused(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded)
-        cache.fused_for = made_for(cache, Fused, B * T)
-    if not isinstance(cache.fused, Fused):
-        raise UnfitError
-    cache.fused.place(cache, sight.q_positions, T)
-    return cache.fused.run(x_BTD.flatten(0, 1), _by_row(angles, B)).view_as(x_BTD).clone()
+    program = kept(cache, Fused, B, T, lambda: Fused(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded))
+    program.place(cache, sight.q_positions, T)
+    return program.run(x_BTD.flatten(0, 1), _by_row(angles, B)).view_as(x_BTD).clone()
 
 
 def _by_row(angles: Angles, B: int, chosen: Tensor | slice = slice(None)) -> Angles:
@@ -407,7 +402,30 @@ def columns_of(cache: Cache, B: int, T: int, encoded: Encoded | None) -> tuple[d
     return keys, max(room, 0 if encoded is None else encoded.states.shape[1])
 
 
-def made_for(cache: Cache, what: type, rows: int) -> tuple[object, ...]:
+Steps = TypeVar("Steps", bound=Fused)
+FEW = 64  # tokens of a pass whose buffers are small enough to stay beside those of another
+
+
+def kept(cache: Cache, what: type[Steps], B: int, T: int, make: Callable[[], Steps]) -> Steps:
+    """The steps for T new tokens in each of B rows, made when they are first asked for or the cache has moved.
+
+    Raises UnfitError, and again each time; that too is kept.
+    """
+    key = _made_for(cache, what, B, T)
+    if key not in cache.programs:
+        small = [(old, some) for old, some in cache.programs.items() if isinstance(some, Fused) and some.rows <= FEW]
+        cache.programs = {**dict(small[-1:]), key: None}
+        cache.programs = {**cache.programs, key: make()}
+        cache.programs[_made_for(cache, what, B, T)] = cache.programs[key]  # cross-attention's keys are there only now
+    cache.fused = cache.programs[key]
+    if not isinstance(cache.fused, what):
+        raise UnfitError
+    return cache.fused
+
+
+def _made_for(cache: Cache, what: type, B: int, T: int) -> tuple[object, ...]:
     """What steps depend on: a cache that was reordered has moved."""
-    tensors = [slots.keys for slots in cache.groups.values()] + [kept[0] for kept in cache.cross if kept is not None]
-    return what, rows, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)
+    # A program holds the positions it reads, so that no others can come to lie at their address.
+    tensors = [tensor for slots in cache.groups.values() for tensor in (slots.keys, slots.positions)]
+    tensors += [pair[0] for pair in cache.cross if pair is not None]
+    return what, B, T, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)

@@ -21,7 +21,7 @@ from headway.nn import packed
 from headway.nn.attention import is_steered
 from headway.nn.cache import Cache
 from headway.nn.embeddings import Embeddings
-from headway.nn.fused import Encoded, Fused, UnfitError, columns_of, leaf_of, made_for
+from headway.nn.fused import FEW, Encoded, Fused, UnfitError, columns_of, kept, leaf_of
 from headway.nn.heads import LanguageModelHead
 from headway.nn.packed import PackedEmbedding
 from headway.nn.stack import Stack
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 
 class NextToken(Fused):
-    """The steps of a model for one token in each of `rows` rows."""
+    """The steps of a model for T tokens in each of B rows."""
 
-    def __init__(self, model: Transformer, stack: Stack, rows: int, cache: Cache) -> None:
+    def __init__(self, model: Transformer, stack: Stack, B: int, T: int, cache: Cache) -> None:
         encoded = None
         if model.is_pair:
             assert cache.encoder_hidden is not None
             encoded = Encoded(cache.encoder_hidden, cache.encoder_real)
-        super().__init__(stack, rows, *columns_of(cache, rows, 1, encoded), cache, encoded)
+        super().__init__(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded)
         body, self._steps = self._steps, []
-        self._ids = torch.empty(rows, dtype=torch.long)
+        self._ids = torch.empty(B * T, dtype=torch.long)
         self._embed(model.decoder_embeddings or model.embeddings)
         self._turn(stack)
         self._steps += body
@@ -67,11 +67,11 @@ class NextToken(Fused):
         self._norm(part.norm, self.x, out=self.x)
 
     def _turn(self, stack: Stack) -> None:
-        for is_window, kept in self._angles.items():
+        for is_window, angles in self._angles.items():
             rope = stack.window_rope if is_window else stack.rope
             if rope is None or rope.by_length:
                 raise UnfitError
-            self._gather(torch.view_as_real(rope.table(self.x)).flatten(1), self._positions, kept)
+            self._gather(torch.view_as_real(rope.table(self.x)).flatten(1), self._positions, angles)
 
     def _answer(self, head: nn.Module) -> None:
         if not isinstance(head, LanguageModelHead) or head.has_transform or not isinstance(head.project, nn.Identity):
@@ -109,32 +109,27 @@ class NextToken(Fused):
 
 
 def next_token(model: Transformer, ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor] | None:
-    """The states (B, 1, D) and logits (B, 1, V) of one new token (B, 1) in each row of a cache that holds others.
+    """The states (B, T, D) and logits (B, T, V) of a new token, or a few (B, T), in each row of a cache.
 
     None where that is no single call; nothing has happened then. Raises IndexError for an id that is not in the table.
     """
-    stack, B = model.decoder, len(ids)
-    if stack is None or not cache.is_whole or ids.shape[1:] != (1,) or not packed.planes() or torch.is_grad_enabled():
+    stack, (B, T) = model.decoder, ids.shape
+    if stack is None or not cache.is_whole or not packed.planes() or torch.is_grad_enabled() or model.training:
         return None
-    if (
-        model.training
-        or is_steered()
-        or not usable()
-        or not cache.lengths.is_cpu
-        or (model.is_pair and cache.encoder_hidden is None)
-    ):
+    if T > 1 and (T > FEW or cache.last_only or any(s.capacity < cache.max_len for s in cache.groups.values())):
+        return None
+    is_cpu = usable() and cache.lengths.is_cpu
+    if is_steered() or not is_cpu or (model.is_pair and cache.encoder_hidden is None):
         return None
     try:
-        if made_for(cache, NextToken, B) != cache.fused_for:
-            cache.fused = NextToken(model, stack, B, cache)
-            cache.fused_for = made_for(cache, NextToken, B)
+        program = kept(cache, NextToken, B, T, lambda: NextToken(model, stack, B, T, cache))
     except UnfitError:
         cache.is_whole = False
         return None
-    assert isinstance(cache.fused, NextToken) and isinstance(model.head, LanguageModelHead)
-    check_rows(ids[:, 0].tolist(), model.config.vocab_size)
-    positions = cache.next_positions(1, None)
+    assert isinstance(model.head, LanguageModelHead)
+    check_rows(ids.flatten().tolist(), model.config.vocab_size)
+    positions = cache.next_positions(T, None)
     cache.begin(positions, None)
-    cache.fused.place(cache, positions, 1)
-    hidden, logits = cache.fused.next(ids[:, 0])
-    return hidden[:, None], model.head.capped(logits)[:, None]
+    program.place(cache, positions, T)
+    hidden, logits = program.next(ids.flatten())
+    return hidden.view(B, T, -1), model.head.capped(logits).view(B, T, -1)

@@ -74,41 +74,39 @@ struct View {
     const i64 *positions;
     i64 S, stride, half;
     bool whole;
+    i64 room;  // S up to whole vectors
 };
 
-// scores[r][s] = q[r] k[s] for COUNT rows, which share the keys as they are loaded.
+// scores[r][s] = q[r] k[s] for COUNT rows, which share the keys as they are loaded. What a row gets depends neither on the
+// other rows nor, if the first column is the same, on how many they see: a token is the same whatever it is read with.
 template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const View &v, i64 H, float *scores) {
     const i64 whole = H / LANES * LANES;
     const int KEYS = LANES / COUNT;  // at once: the sums of all are one vector
-    i64 s = 0;
-    for (; s + KEYS <= v.S; s += KEYS) {
+    for (i64 s = 0; s < v.S; s += KEYS) {
+        i64 at[KEYS];  // behind the last column stands the last one again
+        for (int j = 0; j < KEYS; ++j) at[j] = (s + j < v.S ? s + j : v.S - 1) * v.stride;
         Floats sums[LANES] = {};
         for (i64 i = 0; i < whole; i += LANES) {
 #pragma GCC unroll 16
             for (int j = 0; j < KEYS; ++j) {
-                const Floats key = numbers_at(v.keys, (s + j) * v.stride + i, v.half);
-                for (int r = 0; r < COUNT; ++r) sums[r * KEYS + j] += key * load<Floats>(q + r * q_stride + i);
+                const Floats key = numbers_at(v.keys, at[j] + i, v.half);
+                for (int r = 0; r < COUNT; ++r)
+                    sums[r * KEYS + j] = plus_product(sums[r * KEYS + j], key, load<Floats>(q + r * q_stride + i));
             }
         }
         const Floats found = sums_of(sums);
-        for (int r = 0; r < COUNT; ++r) __builtin_memcpy(scores + r * v.S + s, (const float *)&found + r * KEYS, KEYS * sizeof(float));
+        for (int r = 0; r < COUNT; ++r) __builtin_memcpy(scores + r * v.room + s, (const float *)&found + r * KEYS, KEYS * sizeof(float));
     }
-    for (int r = 0; r < COUNT; ++r) {
-        for (i64 at = s; at < v.S; ++at) {
-            Floats sum = {};
-            for (i64 i = 0; i < whole; i += LANES) sum += load<Floats>(q + r * q_stride + i) * numbers_at(v.keys, at * v.stride + i, v.half);
-            scores[r * v.S + at] = sum_of(sum);
-        }
-        for (i64 at = 0; whole < H && at < v.S; ++at)
-            for (i64 i = whole; i < H; ++i) scores[r * v.S + at] += number_at(v.keys, at * v.stride + i, v.half) * q[r * q_stride + i];
-    }
+    for (int r = 0; whole < H && r < COUNT; ++r)
+        for (i64 s = 0; s < v.S; ++s)
+            for (i64 i = whole; i < H; ++i) scores[r * v.room + s] += number_at(v.keys, s * v.stride + i, v.half) * q[r * q_stride + i];
 }
 
 TARGET static void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
     const int TOGETHER = LANES / 4;
     int r = 0;
-    for (; r + TOGETHER <= count; r += TOGETHER) scores_some<TOGETHER>(q + r * q_stride, q_stride, v, H, scores + r * v.S);
-    for (; r < count; ++r) scores_some<1>(q + r * q_stride, q_stride, v, H, scores + r * v.S);
+    for (; r + TOGETHER <= count; r += TOGETHER) scores_some<TOGETHER>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
+    for (; r < count; ++r) scores_some<1>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
 }
 
 // out[r] = sum over s of weights[r][s] v[s], for COUNT rows and WIDE vectors of each at a time.
@@ -118,7 +116,7 @@ template <int COUNT, int WIDE> TARGET void gather_some(const float *weights, con
         Floats values[WIDE];
         for (int w = 0; w < WIDE; ++w) values[w] = numbers_at(v.values, s * v.stride + i + w * LANES, v.half);
         for (int r = 0; r < COUNT; ++r)
-            for (int w = 0; w < WIDE; ++w) sums[r][w] += values[w] * weights[r * v.S + s];
+            for (int w = 0; w < WIDE; ++w) sums[r][w] = plus_product(sums[r][w], values[w], splat(weights[r * v.room + s]));
     }
     for (int r = 0; r < COUNT; ++r)
         for (int w = 0; w < WIDE; ++w) store(out + r * stride + i + w * LANES, sums[r][w]);
@@ -132,14 +130,14 @@ template <int COUNT> TARGET void gather_rows(const float *weights, const View &v
     for (; i < H; ++i)
         for (int r = 0; r < COUNT; ++r) {
             float sum = 0;
-            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.S + s] * number_at(v.values, s * v.stride + i, v.half);
+            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.room + s] * number_at(v.values, s * v.stride + i, v.half);
             out[r * stride + i] = sum;
         }
 }
 
 TARGET static void gather(const float *weights, int count, const View &v, i64 H, float *out, i64 stride) {
     if (count == QUERIES) return gather_rows<QUERIES>(weights, v, H, out, stride);
-    for (int r = 0; r < count; ++r) gather_rows<1>(weights + r * v.S, v, H, out + r * stride, stride);
+    for (int r = 0; r < count; ++r) gather_rows<1>(weights + r * v.room, v, H, out + r * stride, stride);
 }
 
 FN bool sees(const Attend &a, i64 position, i64 column) {
@@ -157,25 +155,23 @@ TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a,
         s[i] += bias[away < -a.reach ? -a.reach : away > a.reach ? a.reach : away];
     }
     for (i64 i = 0; !v.whole && i < v.S; ++i) s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
+    for (i64 i = v.S; i < v.room; ++i) s[i] = none;
     Floats tops = splat(none), totals = {};
-    i64 i = 0;
-    for (; i + LANES <= v.S; i += LANES) {
+    for (i64 i = 0; i < v.room; i += LANES) {
         const Floats x = load<Floats>(s + i);
         tops = x > tops ? x : tops;
     }
     float top = none;
     for (int lane = 0; lane < LANES; ++lane) top = tops[lane] > top ? tops[lane] : top;
-    for (; i < v.S; ++i) top = s[i] > top ? s[i] : top;
     if (top == none) top = 0;
-    for (i = 0; i + LANES <= v.S; i += LANES) {
+    for (i64 i = 0; i < v.room; i += LANES) {
         const Floats x = load<Floats>(s + i), y = x == splat(none) ? Floats{} : exponential(x - top);
         totals += y;
         store(s + i, y);
     }
-    float total = sum_of(totals);
-    for (; i < v.S; ++i) total += s[i] = s[i] == none ? 0.0f : __builtin_expf(s[i] - top);
+    const float total = sum_of(totals);
     const float inverse = total == 0 ? 0.0f : 1.0f / total;
-    for (i = 0; i < v.S; ++i) s[i] *= inverse;
+    for (i64 i = 0; i < v.S; ++i) s[i] *= inverse;
 }
 
 // The columns from the first to the last that any of `count` rows, from positions `least` to `most`, sees of `used` ones.
@@ -217,7 +213,8 @@ TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
     const Range of = c.state[1] ? range_in_order(a, least, most, used) : range_by_search(a, rows, count, positions, used);
     const i64 at = (first * c.sequence_stride + n / (a.N / a.K) * c.head_stride + of.low * c.column_stride) * size;
     const char *keys = (const char *)c.keys + at, *values = (const char *)c.values + at;
-    return {keys, values, positions + of.low, of.high - of.low, c.column_stride, c.half, of.whole};
+    const i64 S = of.high - of.low;
+    return {keys, values, positions + of.low, S, c.column_stride, c.half, of.whole, (S + LANES - 1) / LANES * LANES};
 }
 
 // Items: QUERIES rows of a head, those of one sequence at a time.
@@ -232,7 +229,7 @@ TARGET static void attend(const Attend &a, i64 T, i64 begin, i64 end, i64 thread
             while (t + count < last && a.rows[3 * (t + count)] == a.rows[3 * t]) ++count;
             const View v = view_of(a, t, count, n);
             scores_of(a.q + t * a.q_stride + n * a.H, a.q_stride, count, v, a.H, scores);
-            for (int r = 0; r < count; ++r) weigh(scores + r * v.S, v, a.rows[3 * (t + r) + 1], a, bias);
+            for (int r = 0; r < count; ++r) weigh(scores + r * v.room, v, a.rows[3 * (t + r) + 1], a, bias);
             gather(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, a.N * a.H);
         }
     }

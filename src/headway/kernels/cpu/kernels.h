@@ -59,8 +59,8 @@ template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 
                 const int32_t a_sum = a_sums[r * chunks + c], off = ((int32_t)w.zero - Sum<BITS>::SHIFT) * a_sum;
                 for (int b = 0; b < BESIDE; ++b) {
                     Floats &total = totals[r].parts[p + b];
-                    total += to_floats(dots[r][b].total() - off) * (scale.parts[p + b] * a_scale);
-                    if (w.minima) total += minimum.parts[p + b] * (a_scale * (float)a_sum);
+                    total = plus_product(total, to_floats(dots[r][b].total() - off), apart(scale.parts[p + b] * a_scale));
+                    if (w.minima) total = plus_product(total, minimum.parts[p + b], splat(a_scale * (float)a_sum));
                 }
             }
         }

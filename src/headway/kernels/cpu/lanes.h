@@ -91,6 +91,17 @@ template <class V> FN V apart(V value) { return __builtin_assoc_barrier(value); 
 template <class V> FN V apart(V value) { return value; }
 #endif
 
+// sum + a b, rounded alike wherever it is inlined.
+FN Floats plus_product(Floats sum, Floats a, Floats b) {
+#if LEVEL >= 3
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif LEVEL == 2
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + apart(a * b);
+#endif
+}
+
 FN Codes low_halves(Codes pairs) { return pairs & 15; }
 FN Codes high_halves(Codes pairs) { return (Codes)(((Words)pairs >> 4) & 0x0F0F); }
 

@@ -72,7 +72,7 @@ struct Heads {
 
 // out (T, N, H) = softmax(cap(scale q k^T) + bias) v over the columns that a row may see: not after its position if causal,
 // and less than `window` away. bias (N, 2 reach + 1) by distance of the column, `reach` for one that is as far or farther.
-// scratch: for each thread 4 floats for every column there can be.
+// scratch: for each thread 4 floats for every column there can be, `room` of them, a multiple of 16.
 struct Attend {
     const float *q;
     const i64 *rows;
