@@ -418,10 +418,8 @@ class Span(Frozen):
 
 
 class PooledEmbedding(Frozen):
-    """One vector per sequence; contrastive training compares them by cosine over `temperature`.
-
-    `transform` tanh is BERT's pooler; `projection` the size of a last linear map (CLIP, arXiv:2103.00020); `max_len`
-    what longer texts are cut to, the template's tokens included, where that is less than the model could read.
+    """One vector per sequence; contrastive training compares them by cosine over `temperature`. `transform` tanh is
+    BERT's pooler, `projection` the size of a last map (CLIP, arXiv:2103.00020), `max_len` what longer texts are cut to.
     """
 
     type: Literal["pooled-embedding"] = "pooled-embedding"

@@ -88,6 +88,7 @@ BROKEN: dict[tuple[str, str], dict[str, object]] = {
     ("beams", "sampling"): {"beams": 4, "temperature": 0.7, "top_k": 5},
     ("beams", "stop"): {"beams": 4, "stop": "x"},
     ("beams", "logprobs"): {"beams": 4, "logprobs": 0},
+    ("beams", "lookup"): {"beams": 4, "lookup": 3},
     ("length_penalty", "beams"): {"length_penalty": 2.0},
 }
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-import torch
-from generation_toys import toy
+from generation_toys import byte_tokenizer, toy_model
 
 from headway.errors import ConfigError
 from headway.generation import GenerationOptions, generate
 from headway.generation import lookup as module
 from headway.generation.lookup import Lookup
-from headway.generation.session import Memory, Session
+from headway.generation.session import Memory
 
 
 @pytest.fixture
@@ -28,3 +25,79 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Lookup]:
     monkeypatch.setattr(Lookup, "__init__", noted)
     monkeypatch.setattr(module._Balance, "is_on", True)
     return made
+
+
+PROMPT = [1, 5, 9, 13, 1, 5, 9, 2, 1, 5]  # the toy soon repeats itself, as greedy texts do
+GREEDY = GenerationOptions(max_tokens=40, temperature=0.0, ignore_eos=True)
+SAMPLED = GenerationOptions(max_tokens=40, temperature=0.3, seed=3, ignore_eos=True, repetition_penalty=0.5)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_the_text_is_the_one_without_guesses(counted: list[Lookup], options: GenerationOptions, width: int) -> None:
+    """In float64 the sums of one token and of several are alike; some guesses come true, others are taken back."""
+    for seed in range(4):
+        model = toy_model(seed)
+        known = generate(model, byte_tokenizer(), [PROMPT], options)[0]
+        found = generate(model, byte_tokenizer(), [PROMPT], options.model_copy(update={"lookup": width}))[0]
+        assert found.token_ids == known.token_ids and found.finish_reason == known.finish_reason
+    assert len(counted) == 4 and any(one.accepted for one in counted)
+    for one in counted:
+        assert one.passes + one.accepted == 39  # the last token is not read
+
+
+def test_logprobs_are_those_of_the_tokens(counted: list[Lookup]) -> None:
+    options = GREEDY.model_copy(update={"logprobs": 2})
+    known = generate(toy_model(), byte_tokenizer(), [PROMPT], options)[0]
+    found = generate(toy_model(), byte_tokenizer(), [PROMPT], options.model_copy(update={"lookup": 4}))[0]
+    assert counted[0].accepted
+    for one, other in zip(found.logprobs or (), known.logprobs or (), strict=True):
+        assert one.token_id == other.token_id and one.logprob == pytest.approx(other.logprob, abs=1e-9)
+
+
+def test_a_text_ends_where_the_context_does(counted: list[Lookup]) -> None:
+    """No guess reaches beyond the cache."""
+    options = GREEDY.model_copy(update={"max_tokens": 500, "lookup": 8})
+    found = generate(toy_model(), byte_tokenizer(), [PROMPT], options)[0]
+    assert found.finish_reason == "length" and len(found.token_ids) == 64 - len(PROMPT) and counted[0].accepted
+
+
+def test_a_memory_holds_what_was_said_and_no_guess(counted: list[Lookup]) -> None:
+    model, memory = toy_model(), Memory()
+    first = generate(model, byte_tokenizer(), [PROMPT], GREEDY.model_copy(update={"lookup": 8}), memory=memory)[0]
+    assert counted[0].accepted
+    assert memory.ids == [*PROMPT, *first.token_ids[:-1]]
+    after = [*PROMPT, *first.token_ids, 7, 8]
+    again = generate(model, byte_tokenizer(), [after], GREEDY.model_copy(update={"max_tokens": 10}), memory=memory)[0]
+    plain = generate(model, byte_tokenizer(), [after], GREEDY.model_copy(update={"max_tokens": 10}))[0]
+    assert memory.reused == len(after) - 3 and again.token_ids == plain.token_ids
+
+
+def test_where_nothing_can_be_taken_back_nothing_is_guessed(counted: list[Lookup]) -> None:
+    options = GREEDY.model_copy(update={"lookup": 4})
+    rolling = toy_model(attention={"window": 8, "pattern": ["sliding"]})
+    assert generate(rolling, byte_tokenizer(), [PROMPT], options)
+    assert len(generate(toy_model(), byte_tokenizer(), [PROMPT, PROMPT[:4]], options)) == 2
+    assert not counted
+    with pytest.raises(ConfigError, match="lookup"):
+        GenerationOptions(beams=2, lookup=4)
+
+
+def test_guessing_stops_where_it_does_not_pay_and_tries_again() -> None:
+    """Passes of several at three times the price: worth it with three tokens a pass, not with one."""
+    balance = module._Balance()
+    for true in (3, 3, 3, 3):
+        balance.took(1.0, False)
+        balance.took(3.0, True)
+        for _ in range(true):
+            balance.came_true()
+    assert balance.is_on
+    rests = []
+    for _ in range(3):
+        while balance.is_on:
+            balance.took(3.0, True)
+        rests.append(0)
+        while not balance.is_on:
+            balance.took(1.0, False)
+            rests[-1] += 1
+    assert rests == [16, 32, 64]

@@ -47,6 +47,9 @@ class Options(Common):
     frequency_penalty: Annotated[float | None, typer.Option(help="Subtract per occurrence written [0].")] = None
     seed: Annotated[int | None, typer.Option(help="The same seed, the same text [drawn].")] = None
     n: Annotated[int | None, typer.Option(help="Continuations per prompt [1].")] = None
+    lookup: Annotated[int | None, typer.Option(help="Tokens to guess from what stood here before, for speed [0].")] = (
+        None
+    )
     beams: Annotated[int | None, typer.Option(help="Beam search with so many hypotheses [1].")] = None
     length_penalty: Annotated[float | None, typer.Option(help="Beam score = log-probability / length ** this [1].")] = (
         None

@@ -101,7 +101,7 @@ class _Balance:
         # The least there was, forgotten slowly: the first pass of a kind prepares its steps, and others disturb.
         self._seconds[guessed] = seconds if known is None else min(seconds, known * 1.02)
         self._left = max(self._left - 1, 0)
-        if self._was_guess:
+        if self._was_guess and not self._left:
             self._tokens = SMOOTH * self._tokens + (1 - SMOOTH) * (1 + self._true)
             self._judge()
         self._was_guess, self._true = guessed, 0

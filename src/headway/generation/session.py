@@ -163,8 +163,9 @@ class Session:
         return self.cache.length is not None and self.cache.length + count <= self.cache.max_len
 
     def _read(self, ids_BT: Tensor) -> Tensor:
-        given = {"decoder_input_ids" if self.model.is_pair else "input_ids": ids_BT}
-        logits: Tensor = self.model(**given, cache=self.cache).logits[..., : self.vocab]
+        is_pair = self.model.is_pair
+        given, more = (None, {"decoder_input_ids": ids_BT}) if is_pair else (ids_BT, {})
+        logits: Tensor = self.model(given, **more, cache=self.cache).logits[..., : self.vocab]
         return logits
 
     def reorder(self, rows: Tensor) -> None:
