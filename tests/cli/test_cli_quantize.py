@@ -29,12 +29,16 @@ def test_the_receipt_goes_with_the_model(command, model: Path, tmp_path: Path) -
     found, again = said.json, headway.load(tmp_path / "small")
     assert again.receipt["figures"] == found["figures"] and again.receipt["method"] == "round"
     assert any(isinstance(m, PackedLinear) for m in again.model.modules())
+    assert set(found["speed"]) == {"read", "write"} and all(
+        rate > 0 for both in found["speed"].values() for rate in both
+    )
     change = found["figures"]["loss_change"]
     assert change["value"] == pytest.approx(
         found["figures"]["loss_after"]["value"] - found["figures"]["loss_before"]["value"], abs=1e-9
     )
     assert change["low"] <= change["value"] <= change["high"] and abs(change["value"]) < 0.01
     assert found["bytes_after"] < 0.5 * found["bytes_before"]
+    assert again.receipt["speed"] == found["speed"]
     shown = command("inspect", tmp_path / "small", "--json").json
     assert shown["receipt"]["figures"] == found["figures"]
     assert "loss change" in command("inspect", tmp_path / "small").out

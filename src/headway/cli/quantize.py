@@ -117,7 +117,7 @@ def _made(
     from headway.launch import Phase
     from headway.quantization.calibration import second_moments
     from headway.quantization.mixed import mixed
-    from headway.quantization.receipt import compare, receipt
+    from headway.quantization.receipt import compare, receipt, speeds
     from headway.quantization.walk import CALIBRATED, linear_layers, quantized
 
     is_calibrated = method in CALIBRATED
@@ -146,8 +146,9 @@ def _made(
         found = mixed(loaded.model, small, large, moments, lambda model: _cost(measured(model)), options.quality)
         small, to = found.model, f"{to}, {len(found.wide)} of {len(moments)} layers in 8 bits"
         note(f"8 bits: {', '.join(sorted(found.wide)) or 'no layer'}")
-    paid = receipt(loaded.model, small, measured(small), scheme=to, method=method, data=options.data or _OWN_TEXT)
-    return small, paid
+    speed = speeds(loaded.model, small, last, loaded.tokenizer)
+    about = {"scheme": to, "method": method, "data": options.data or _OWN_TEXT}
+    return small, receipt(loaded.model, small, measured(small), **about, speed=speed)
 
 
 def _cost(figures: dict[str, Interval]) -> float:

@@ -56,7 +56,8 @@ def measure(
     if new_tokens < 2 or prompt_tokens < 1 or prompt_tokens + new_tokens > room:
         found = f"{prompt_tokens} and {new_tokens}"
         raise ConfigError("--prompt-tokens and --new-tokens", found, f"at least 1 and 2, together at most {room}")
-    drawn = torch.randint(model.config.vocab_size, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    known = min(model.config.vocab_size, tokenizer.vocab_size)  # a table may have more rows than there are tokens
+    drawn = torch.randint(known, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
     prompts = drawn.tolist()
 
     def seconds(tokens: int) -> float:
