@@ -251,10 +251,11 @@ def _origin(manifest: Manifest, config: ModelConfig) -> tuple[str, str, dict[str
     if isinstance(preset, str) and preset in families():
         return preset, architecture_for(families()[preset], config.head.type), {}
     family, architecture, raw = (manifest.meta.get(name) for name in ("family", "architecture", "raw"))
+    raw = raw if isinstance(raw, dict) else {}
     known = families().get(family) if isinstance(family, str) else None
     if known is None or not isinstance(architecture, str) or architecture not in known.heads:
-        return "", "", {}
-    return known.model_type, architecture, raw if isinstance(raw, dict) else {}
+        return "", "", {name: raw[name] for name in ("id2label",) if name in raw}
+    return known.model_type, architecture, raw
 
 
 def check_tokenizer(run: Path, config: ModelConfig, tokenizer: Tokenizer, manifest: Manifest, *, force: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from headway.loading import (
     RECEIPT,
     SENTENCES,
     Loaded,
+    class_names,
 )
 from headway.nn.packed import Packed, unpacked, weights_of
 from headway.text.gguf_vocab import TYPES, to_gguf
@@ -83,7 +85,7 @@ def save(
         weights,
         family=chosen,
         architecture=architecture,
-        raw=loaded.raw,
+        raw=raw_of(loaded),
         unread=loaded.unread,
         dtype=cast,
     )
@@ -219,6 +221,12 @@ def _stored(weights: Mapping[str, Tensor | Packed]) -> str:
     return str(first).removeprefix("torch.")
 
 
+def raw_of(loaded: Loaded) -> dict[str, Any]:
+    """The published config, with the names of the classes that a run keeps in its own."""
+    names = class_names(loaded)
+    return {**loaded.raw, **({"id2label": {str(place): name for place, name in enumerate(names)}} if names else {})}
+
+
 def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype: torch.dtype | None) -> Path:
     """Weights as they are, in codes or cast."""
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # by their place: what is tied is stored once
@@ -229,7 +237,7 @@ def _save_run(loaded: Loaded, weights: Mapping[str, Tensor], place: Path, dtype:
     meta = {
         "family": loaded.family,
         "architecture": loaded.architecture,
-        "raw": dict(loaded.raw),
+        "raw": raw_of(loaded),
         "identity": {"tokenizer": tokenizer.hash if tokenizer is not None else None},
     }
     if dtype is None:

@@ -12,6 +12,7 @@ from test_loading import published
 
 import headway
 from headway import saving
+from headway.loading import class_names
 from headway.nn.packed import PackedLinear
 from headway.saving import plain_weights
 
@@ -148,3 +149,40 @@ def test_layers_are_widened_until_the_quality_is_kept(command, trained: Path, co
     hard = command("quantize", model, tmp_path / "hard", "--quality", -9, *words)
     assert hard.code == 5 and not (tmp_path / "hard").exists()
     assert command("quantize", model, tmp_path / "x", "--to", "int8", "--quality", 0.1).code == 2
+
+
+def test_classes_keep_their_names(command, tmp_path: Path) -> None:
+    """In codes, as a run folder and as a published one: labelled rows are measured on each."""
+    rows = tmp_path / "rows.jsonl"
+    words = {"good": "up", "bad": "down", "odd": "sideways"}
+    rows.write_text(
+        "".join(f'{{"text": "a {w} day {n}", "label": "{l}"}}\n' for n in range(30) for w, l in words.items())
+    )
+    run = tmp_path / "run"
+    sizes = ("preset=bert", "model.depth=1", "tokenizer.vocab_size=300", "train.steps=4", "train.batch_size=4")
+    assert command("train", f"data.path={rows}", *sizes, "--output", run, "--json").code == 0
+    amount = ("--data", rows, "--calibration-tokens", 64, "--measured-tokens", 64, "--context", 16, "--bound", 9)
+    assert command("quantize", run, tmp_path / "small", "--to", "int8", *amount, "--json").code == 0
+    assert command("convert", run, tmp_path / "hf", "--to", "hf", "--json").code == 0
+    names = class_names(headway.load(run))
+    assert sorted(names) == ["down", "sideways", "up"]
+    for place in ("small", "hf"):
+        assert class_names(headway.load(tmp_path / place)) == names
+        measured = command("eval", tmp_path / place, "--data", rows, "--json")
+        assert measured.code == 0 and measured.json["accuracy"]["n"] == 90
+
+
+def test_a_translator_is_measured_on_pairs(command, tmp_path: Path) -> None:
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(f'{{"source": "the number {n}", "target": "{n} and {n}"}}\n' for n in range(60)))
+    run = tmp_path / "run"
+    sizes = ("model.depth=1", "tokenizer.vocab_size=300", "train.steps=4", "train.batch_size=4")
+    assert command("train", f"data.path={rows}", *sizes, "--output", run, "--json").code == 0
+    amount = ("--data", rows, "--calibration-tokens", 64, "--measured-tokens", 64, "--bound", 9, "--json")
+    for to in ("int8", "int4"):
+        said = command("quantize", run, tmp_path / to, "--to", to, *amount).json
+        assert said["figures"]["cosine"]["n"] > 3 and said["figures"]["cosine"]["value"] > 0.9
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "one", "label": "a"}\n')
+    wrong = command("quantize", run, tmp_path / "x", "--to", "int8", "--data", texts, "--json")
+    assert wrong.code == 3 and "source and target" in wrong.error

@@ -166,6 +166,8 @@ def _windows(loaded: Loaded, options: Options, *, needs_both: bool) -> tuple[Win
     config = loaded.config
     if config.embeddings.patch is not None:
         return _pictures(config, options)
+    if loaded.model.is_pair and options.data is not None:
+        return _pairs(loaded, options)
     if config.embeddings.audio is not None or not config.vocab_size:
         raise ConfigError("PATH", "a model that hears", "a model that reads text or sees images", "another PATH")
     context = min(options.context, config.max_len)
@@ -188,6 +190,35 @@ def _windows(loaded: Loaded, options: Options, *, needs_both: bool) -> tuple[Win
     first = first[: -(-options.calibration_tokens // context)]
     more = {"decoder_input_ids": torch.tensor([[config.tokens.decoder_start or 0]])} if loaded.model.is_pair else {}
     return tuple([{"input_ids": torch.tensor([window]), **more} for window in side] for side in (first, last))  # type: ignore[return-value]  # of two
+
+
+def _pairs(loaded: Loaded, options: Options) -> tuple[Windows, Windows]:
+    """Sources with the targets that the decoder reads: the first pairs to calibrate on, the last to measure."""
+    from headway.data.encode import Coder, Losses
+    from headway.data.examples import encode_all, gather
+    from headway.data.forms import Pair, examples
+    from headway.data.rows import find_tables, read_rows
+    from headway.data.sources import ReadOptions, ReadReport
+    from headway.training.tasks import TASKS, ExampleBatches
+
+    assert options.data is not None
+    how, report, task = ReadOptions(), ReadReport(), TASKS["seq2seq"]
+    rows = (row for file in find_tables(options.data, how, report) for row in read_rows(file, how, report))
+    found = list(examples(rows))
+    if not found or not isinstance(found[0], Pair):
+        raise InputError(options.data, f"{len(found)} pairs", "rows with source and target")
+    longest = min(options.context, loaded.config.max_len)
+    encoded = gather(encode_all(found, task.encode[Pair], Coder(loaded.words, longest, longest, (), False), Losses()))
+    pad = loaded.words.pad_id
+    batches = ExampleBatches(encoded, task, pad if pad is not None else loaded.words.eos_id or 0)
+    sides: tuple[Windows, Windows] = ([], [])
+    wanted = (options.calibration_tokens, options.measured_tokens)
+    for side, some, tokens in zip(sides, (range(len(encoded)), reversed(range(len(encoded)))), wanted, strict=True):
+        for number in some:
+            if sum(batch["labels"].numel() for batch in side) >= tokens or len(side) >= len(encoded) // 2:
+                break
+            side.append(dict(batches.collate([number])))
+    return sides
 
 
 _IMAGES = 16  # of a batch
