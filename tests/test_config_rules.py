@@ -124,6 +124,7 @@ OPTION_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     (("beams", "sampling"), {"beams": 2, "top_k": 5}),
     (("beams", "stop"), {"beams": 2, "stop": ["."]}),
     (("beams", "logprobs"), {"beams": 2, "logprobs": 1}),
+    (("beams", "lookup"), {"beams": 2, "lookup": 3}),
     (("length_penalty", "beams"), {"length_penalty": 0.5}),
     (("length_penalty", "beams"), {"early_stopping": True}),
 ]
