@@ -101,3 +101,26 @@ def test_guessing_stops_where_it_does_not_pay_and_tries_again() -> None:
             balance.took(1.0, False)
             rests[-1] += 1
     assert rests == [16, 32, 64]
+
+
+@pytest.mark.parametrize("lookup", [0, 4])
+def test_a_pass_that_is_broken_off_was_not_said(monkeypatch: pytest.MonkeyPatch, lookup: int) -> None:
+    """What a memory holds has been read: else the next prompt would find keys that nobody wrote."""
+    model, memory, calls = toy_model(), Memory(), []
+    forward = model.forward
+
+    def broken(*given: object, **more: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(*given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(KeyboardInterrupt):
+        generate(
+            model, byte_tokenizer(), [[3, 7, 200, 41]], GREEDY.model_copy(update={"lookup": lookup}), memory=memory
+        )
+    said = len(memory.ids)
+    monkeypatch.undo()
+    known = generate(model, byte_tokenizer(), [[3, 7, 200, 41]], GREEDY)[0].token_ids
+    assert memory.ids == [3, 7, 200, 41, *known[: said - 4]] and (said == 6 or lookup)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headway.config import ModelConfig
+from headway.errors import InputError
 from headway.kernels import steps
 from headway.kernels.ggml import quantize
 from headway.nn import Transformer
@@ -360,3 +361,11 @@ def test_tokens_read_together_are_those_read_one_by_one(form: str, kind: str, le
             assert torch.equal(torch.cat(parts, 1), one_by_one[:, 3:])
     finally:
         steps.use_level()
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 0)])
+@torch.no_grad()
+def test_ids_of_another_shape_are_refused_by_name(shape: tuple[int, ...]) -> None:
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS["llama"]}))
+    with pytest.raises(InputError, match="input_ids: shape"):
+        model(torch.zeros(shape, dtype=torch.long), cache=model.new_cache(1, 8))

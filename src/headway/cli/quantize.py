@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -205,8 +206,8 @@ def _pairs(loaded: Loaded, options: Options) -> tuple[Windows, Windows]:
     how, report, task = ReadOptions(), ReadReport(), TASKS["seq2seq"]
     rows = (row for file in find_tables(options.data, how, report) for row in read_rows(file, how, report))
     found = list(examples(rows))
-    if not found or not isinstance(found[0], Pair):
-        raise InputError(options.data, f"{len(found)} pairs", "rows with source and target")
+    if len(found) < 2 or not isinstance(found[0], Pair):
+        raise InputError(options.data, f"{len(found)} rows", "two or more with source and target")
     longest = min(options.context, loaded.config.max_len)
     encoded = gather(encode_all(found, task.encode[Pair], Coder(loaded.words, longest, longest, (), False), Losses()))
     pad = loaded.words.pad_id
@@ -214,10 +215,12 @@ def _pairs(loaded: Loaded, options: Options) -> tuple[Windows, Windows]:
     sides: tuple[Windows, Windows] = ([], [])
     wanted = (options.calibration_tokens, options.measured_tokens)
     for side, some, tokens in zip(sides, (range(len(encoded)), reversed(range(len(encoded)))), wanted, strict=True):
-        for number in some:
-            if sum(batch["labels"].numel() for batch in side) >= tokens or len(side) >= len(encoded) // 2:
+        read = 0
+        for number in itertools.islice(some, len(encoded) // 2):
+            if read >= tokens:
                 break
-            side.append(dict(batches.collate([number])))
+            side.append(batches.collate([number]))
+            read += side[-1]["labels"].numel()
     return sides
 
 

@@ -129,9 +129,10 @@ class Session:
 
     def next(self, ids_B: Tensor) -> Tensor:
         """Append a token to each row: (B,) -> (B, V)."""
-        if self._memory is not None:
+        logits = self._read(ids_B[:, None])[:, -1]
+        if self._memory is not None:  # only now: a pass that was broken off has read nothing that counts
             self.keep(int(ids_B[0]))
-        return self._read(ids_B[:, None])[:, -1]
+        return logits
 
     def several(self, ids: Sequence[int]) -> Tensor:
         """Append a token to the only row, and guesses of what follows it: the logits (T, V) behind each.
@@ -139,8 +140,9 @@ class Session:
         A guess that came true is to be kept, others to be forgotten.
         """
         self.cache.last_only = False
+        logits = self._read(torch.tensor([ids], device=self.device))[0]
         self.keep(ids[0])
-        return self._read(torch.tensor([ids], device=self.device))[0]
+        return logits
 
     def keep(self, token: int) -> None:
         """A token that was read counts as said."""

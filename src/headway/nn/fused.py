@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -94,7 +95,11 @@ class Fused:
             turns = stack.turned[layer] and stack.rope is not None
             self._block(block, layer, self._angles_of(stack, stack.windows[layer] is not None) if turns else None)
         self._norm(stack.norm, self.x, out=self.x)
-        self._program = Program(self._steps)
+
+    @functools.cached_property
+    def _program(self) -> Program:
+        """Made when it first runs, with all that was written down by then."""
+        return Program(self._steps)
 
     def run(self, x: Tensor, angles: Angles) -> Tensor:
         """All blocks and the last norm over rows (rows, D) -> (rows, D); angles (rows, pairs) complex."""

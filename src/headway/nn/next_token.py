@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headway.config import Sinusoidal
 from headway.kernels.codes import check_rows
 from headway.kernels.native import usable
-from headway.kernels.steps import Gather, Linear, Matrix, Program, described
+from headway.kernels.steps import Gather, Linear, Matrix, described
 from headway.nn import packed
 from headway.nn.attention import is_steered
 from headway.nn.cache import Cache
@@ -45,7 +45,6 @@ class NextToken(Fused):
         self._turn(stack)
         self._steps += body
         self._answer(model.head)
-        self._program = Program(self._steps)
 
     def next(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(rows) ids, placed -> the states (rows, D) and the head's product (rows, V)."""
@@ -113,6 +112,8 @@ def next_token(model: Transformer, ids: Tensor, cache: Cache) -> tuple[Tensor, T
 
     None where that is no single call; nothing has happened then. Raises IndexError for an id that is not in the table.
     """
+    if ids.ndim != 2 or not ids.shape[1]:  # which the model itself refuses by name
+        return None
     stack, (B, T) = model.decoder, ids.shape
     if stack is None or not cache.is_whole or not packed.planes() or torch.is_grad_enabled() or model.training:
         return None
