@@ -157,6 +157,7 @@ def test_a_signal_to_the_launcher_saves_once_and_ends_all(long_run: tuple[subpro
     running, run = long_run
     pids = ranks(running.pid)
     before = max(step for step, _ in list_checkpoints(run))
+    wait_for(lambda: max(steps(run)) > before, running)  # in that very step there would be nothing new to save
     os.kill(running.pid, signal.SIGTERM)
     code, said = ended(running, 60)
     assert code == 143, said
