@@ -114,7 +114,7 @@ def test_cache_bytes_are_those_of_a_cache(fields):
     """A cache holds one column more than it stores, for what is padding."""
     config = ModelConfig(**{**BASE, **fields})
     cache = Transformer(config).new_cache(1, 12)
-    columns = sum(2 * slots.keys[:, :, :, :-1].numel() * 4 for slots in cache.groups.values())
+    columns = sum(2 * slots.keys.numbers[:, :, :, :-1].numel() * 4 for slots in cache.groups.values())
     assert columns == cost.cache_bytes(config, 12)
     assert cost.cache_bytes_per_token(config) * 12 >= columns
 

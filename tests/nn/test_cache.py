@@ -212,8 +212,40 @@ def test_bytes_count_every_column(dtype: torch.dtype, size: int) -> None:
     """Full layers and windows wider than the sequence have 32 columns, windows of 4 have 4; and one for padding."""
     cache = Cache([None, 4, 4, None, 4, 99], 3, 32, HEADS, torch.zeros((), dtype=dtype))
     assert cache.bytes == 2 * 3 * (2 * 3) * (3 * (32 + 1) + 3 * (4 + 1)) * size
-    held = [tensor for slots in cache.groups.values() for tensor in (slots.keys, slots.values)]
+    held = [tensor for slots in cache.groups.values() for tensor in slots.tensors]
     assert cache.bytes == sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+
+def test_bytes_of_codes_and_their_scales() -> None:
+    cache = Cache([None, 4], 3, 32, (2, 16), torch.zeros(()), torch.int8)
+    assert cache.bytes == 2 * (3 * 2) * ((32 + 1) + (4 + 1)) * (16 + 4)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_codes_are_within_half_a_step_wherever_they_go(window: int | None) -> None:
+    """The step of a vector is a 127th of its largest number; a vector that is not finite is not."""
+    torch.manual_seed(0)
+    cache, kept = Cache([window], 2, 16, (2, 16), torch.zeros(()), torch.int8), torch.zeros(2, 0, 2, 16)
+    for T in (3, 1, 1, 5, 1):
+        new = torch.randn(2, T, 2, 16) * 10 ** torch.randint(-3, 3, (2, T, 2, 1))
+        kept = torch.cat((kept, new), 1)
+        positions = cache.next_positions(T, None)
+        places = cache.begin(positions, None)[window]
+        keys, values = cache.append(0, new, 2 * new)
+        if T == 1:  # rows swap places, and with them what they hold
+            cache.reorder(torch.tensor([1, 0]))
+            kept, keys, values = kept.flip(0), keys.flip(0), values.flip(0)
+        true = kept[:, places[0]]
+        step = true.abs().amax(-1, keepdim=True) / 127
+        assert bool(((keys - true).abs() <= 0.501 * step).all()) and bool(
+            ((values - 2 * true).abs() <= 1.002 * step).all()
+        )
+        assert keys.dtype == torch.float32 and not torch.equal(keys, true)
+    new[0, 0, 0, 3] = torch.inf
+    positions = cache.next_positions(1, None)
+    cache.begin(positions, None)
+    found = cache.append(0, new, new)[0][0, :, 0].isnan()
+    assert found.any(1).sum() == 1 and found.any(1).equal(found.all(1))
 
 
 def test_a_window_keeps_its_memory_while_the_sequence_grows() -> None:

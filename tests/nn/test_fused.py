@@ -68,9 +68,11 @@ def in_codes(config: ModelConfig, kinds: tuple[str, ...] = ("Q8_0",)) -> Transfo
     return Transformer.of(config, weights)
 
 
-def decoded(model: Transformer, ids: Tensor, first: int, real: Tensor | None = None) -> tuple[Tensor, Cache]:
+def decoded(
+    model: Transformer, ids: Tensor, first: int, real: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Cache]:
     """Logits of a prompt of `first` tokens and then of one token at a time."""
-    cache = model.new_cache(len(ids), 32)
+    cache = model.new_cache(len(ids), 32, dtype=dtype)
     parts = [model(ids[:, :first], attention_mask=real, cache=cache).logits]
     parts += [model(ids[:, t : t + 1], cache=cache).logits for t in range(first, ids.shape[1])]
     return torch.cat(parts, 1), cache
@@ -123,6 +125,30 @@ def test_rows_of_unequal_length(side: str) -> None:
             known, _ = decoded(model, ids, 7, real)
     kept = torch.cat((real.bool(), torch.ones(3, 5).bool()), 1)
     assert isinstance(cache.fused, Fused) and gap(found[kept], known[kept]) < 1e-3
+
+
+@pytest.mark.parametrize("level", steps.levels())
+@pytest.mark.parametrize("form", ["llama", "gemma", "ours", "mistral", "t5"])
+@pytest.mark.parametrize("dtype,near,coarse", [(torch.float16, 1e-3, 3e-3), (torch.int8, 8e-3, 0.06)])
+@torch.no_grad()
+def test_keys_and_values_kept_in_fewer_bits(
+    dtype: torch.dtype, near: float, coarse: float, form: str, level: str
+) -> None:
+    """As far from the blocks as a code that rounds the other way; as far from a whole cache as its bits allow."""
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS[form]}))
+    ids = torch.randint(50, (2, 14))
+    assert steps.use_level(level)
+    try:
+        with use_planes(2):
+            found, cache = decoded(model, ids, 6, dtype=dtype)
+            whole, _ = decoded(model, ids, 6)
+            with use_backend("naive"):
+                known, slow = decoded(model, ids, 6, dtype=dtype)
+    finally:
+        steps.use_level()
+    assert isinstance(cache.fused, NextToken) and slow.fused is None
+    assert gap(found, known) < near
+    assert 1e-6 < gap(found, whole) < coarse
 
 
 @torch.no_grad()

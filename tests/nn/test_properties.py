@@ -430,7 +430,7 @@ def test_a_cache_that_forgets_a_key_changes_the_answer() -> None:
     with torch.no_grad():
         model(ids[:, : T - 1], cache=cache)
         for slots in cache.groups.values():
-            slots.keys[:, :, :, 2] = 0
+            slots.keys.numbers[:, :, :, 2] = 0
         last = model(ids[:, T - 1 :], cache=cache).hidden
         with pytest.raises(AssertionError):
             assert_same(last, model(ids).hidden[:, T - 1 :], torch.float64)

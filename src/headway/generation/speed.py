@@ -95,4 +95,4 @@ def weight_bytes(model: Transformer) -> int:
 def _bytes_a_token(model: Transformer) -> int:
     """Keys and values of one token through all layers."""
     cache = model.new_cache(1, 2)
-    return sum(2 * s.keys[:, :, :, 0].numel() * s.keys.element_size() for s in cache.groups.values())
+    return sum(tensor[:, :, :, 0].nbytes for slots in cache.groups.values() for tensor in slots.tensors)

@@ -49,8 +49,9 @@ class Columns(ctypes.Structure):
     """Keys and values of a layer."""
 
     _fields_ = [(name, pointer) for name in ("keys", "values", "positions", "state", "starts")]
+    _fields_ += [(name, pointer) for name in ("key_scales", "value_scales")]
     _fields_ += [
-        (name, i64) for name in ("sequence_stride", "head_stride", "column_stride", "positions_stride", "half")
+        (name, i64) for name in ("sequence_stride", "head_stride", "column_stride", "positions_stride", "kept")
     ]
 
 
@@ -85,6 +86,8 @@ STRUCTS: tuple[type[ctypes.Structure], ...] = (Matrix, Coded, Norm, Linear, Colu
 _KINDS: dict[type[ctypes.Structure], int] = {Norm: 0, Linear: 1, Heads: 2, Attend: 3, Gather: 4}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu-tanh", "quick-gelu", "silu", "relu2")
 """In the order of their numbers there."""
+KEPT = (torch.float32, torch.float16, torch.int8)
+"""What keys and values are kept in, in the order of the numbers there."""
 PLAIN, RMS, LAYER = range(3)
 QUERIES = 4  # that Attend takes together: the scratch of a thread is so many times the columns there can be
 

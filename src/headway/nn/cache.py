@@ -13,20 +13,57 @@ import torch
 from torch import Tensor
 
 from headway.errors import BugError
+from headway.kernels.codes import code_rows
+
+
+class Vectors:
+    """The keys, or the values, of some layers: `numbers` (L, B, K, S, H), which are codes where there are `scales`.
+
+    A vector of a head in codes is int8 times a scale of its own, (L, B, K, S, 1): its largest number is 127 of them.
+    """
+
+    def __init__(self, numbers: Tensor, like: Tensor) -> None:
+        self.numbers, self.dtype = numbers, like.dtype
+        self.scales: Tensor | None = None
+        if numbers.dtype == torch.int8:
+            self.scales = numbers.new_zeros(*numbers.shape[:-1], 1, dtype=torch.float32)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it."""
+        return (self.numbers,) if self.scales is None else (self.numbers, self.scales)
+
+    def packed(self, new_BKTH: Tensor) -> tuple[Tensor, ...]:
+        """New vectors as they are kept, one for each of `tensors`."""
+        if self.scales is None:
+            return (new_BKTH.to(self.numbers.dtype),)
+        codes, scales, _ = code_rows(new_BKTH.flatten(0, 2), new_BKTH.shape[3], planes=1)
+        return codes.view_as(new_BKTH), scales.view(*new_BKTH.shape[:3], 1)
+
+    def unpacked(self, kept: Sequence[Tensor]) -> Tensor:
+        """What such tensors stand for: as they are, or codes times scales."""
+        return kept[0] if self.scales is None else (kept[0] * kept[1]).to(self.dtype)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.numbers = self.numbers.index_select(1, rows)
+        self.scales = None if self.scales is None else self.scales.index_select(1, rows)
 
 
 class Slots:
     """Columns of keys and values for a group of layers with the same window.
 
-    Tensors: keys and values (L, B, K, capacity + 1, H), positions (B, capacity + 1) with -1 for an empty column. The
-    last column is where padding goes: written, never read.
+    Tensors: keys and values of capacity + 1 columns, positions (B, capacity + 1) with -1 for an empty column. The last
+    column is where padding goes: written, never read.
     """
 
-    def __init__(self, layers: int, batch: int, capacity: int, heads: tuple[int, int], like: Tensor) -> None:
+    def __init__(
+        self, layers: int, batch: int, capacity: int, heads: tuple[int, int], like: Tensor, dtype: torch.dtype
+    ) -> None:
         n_kv_heads, d_head = heads
         self.capacity, self.used = capacity, 0
-        self.keys = like.new_zeros(layers, batch, n_kv_heads, capacity + 1, d_head)
-        self.values = torch.zeros_like(self.keys)
+        shape = (layers, batch, n_kv_heads, capacity + 1, d_head)
+        self.keys, self.values = (Vectors(like.new_zeros(shape, dtype=dtype), like) for _ in range(2))
         self.positions = torch.full((batch, capacity + 1), -1, dtype=torch.long, device=like.device)
         self._alike = 0  # the first columns, which hold the same in every row
         self._columns: Tensor | None = None
@@ -68,25 +105,32 @@ class Slots:
 
     def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of one layer; returns all that are visible, (B, S, K, H) views."""
-        out = []
-        for store, new in ((self.keys[layer], k_BTKH), (self.values[layer], v_BTKH)):
-            new_BKTH = new.transpose(1, 2).to(store.dtype)
-            if self._columns is None:
-                store[:, :, self._start : self.used] = new_BKTH
-                out.append(store[:, :, : self.used].transpose(1, 2))
-                continue
-            old = None if self._past is None else store[:, :, : self._past.shape[1]].clone()
-            index = self._columns[:, None, :, None].expand_as(new_BKTH)
-            store.scatter_(2, index, new_BKTH)
-            seen = store[:, :, : self.used] if old is None else torch.cat((old, new_BKTH), 2)
-            out.append(seen.transpose(1, 2))
-        return out[0], out[1]
+        return self._append(self.keys, layer, k_BTKH), self._append(self.values, layer, v_BTKH)
+
+    def _append(self, vectors: Vectors, layer: int, new_BTKH: Tensor) -> Tensor:
+        new = vectors.packed(new_BTKH.transpose(1, 2))
+        seen = [self._put(kept[layer], some) for kept, some in zip(vectors.tensors, new, strict=True)]
+        return vectors.unpacked(seen).transpose(1, 2)
+
+    def _put(self, kept_BKSX: Tensor, new_BKTX: Tensor) -> Tensor:
+        """Write into the columns that were reserved; returns what is visible."""
+        if self._columns is None:
+            kept_BKSX[:, :, self._start : self.used] = new_BKTX
+            return kept_BKSX[:, :, : self.used]
+        old = None if self._past is None else kept_BKSX[:, :, : self._past.shape[1]].clone()
+        kept_BKSX.scatter_(2, self._columns[:, None, :, None].expand_as(new_BKTX), new_BKTX)
+        return kept_BKSX[:, :, : self.used] if old is None else torch.cat((old, new_BKTX), 2)
 
     def columns(self, T: int) -> Tensor | None:
         """Where the T new tokens go, (B|1, T); None where they would overwrite what they still have to see."""
         if self._past is not None:
             return None
         return torch.arange(self._start, self._start + T)[None] if self._columns is None else self._columns
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values as they are kept, (L, B, K, capacity + 1, ...) each."""
+        return (*self.keys.tensors, *self.values.tensors)
 
     @property
     def in_order(self) -> bool:
@@ -100,7 +144,8 @@ class Slots:
         """
         batch = self.positions.shape[0]
         if len(rows) != batch:
-            self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
+            self.keys.select(rows)
+            self.values.select(rows)
             self.positions = self.positions.index_select(0, rows)
             if len(rows) > 1 and bool((rows == rows[0]).all()):
                 self._alike = self.used
@@ -109,7 +154,7 @@ class Slots:
         if not len(moved):
             return
         new = slice(self._alike, self.used)
-        for store in (self.keys, self.values):
+        for store in self.tensors:
             store[:, moved, :, new] = store[:, rows[moved], :, new]
         self.positions[moved] = self.positions[rows[moved]]
 
@@ -133,12 +178,19 @@ class Cache:
     Args:
         windows: the window of each layer, None for layers that see everything.
         batch: rows. max_len: tokens a row can hold. heads: (n_kv_heads, d_head). like: dtype and device.
+        dtype: that keys and values are kept in, by default that of `like`; int8 is codes with a scale for each vector.
     """
 
     def __init__(
-        self, windows: Sequence[int | None], batch: int, max_len: int, heads: tuple[int, int], like: Tensor
+        self,
+        windows: Sequence[int | None],
+        batch: int,
+        max_len: int,
+        heads: tuple[int, int],
+        like: Tensor,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.max_len, self.heads = max_len, heads
+        self.max_len, self.heads, self.dtype = max_len, heads, dtype or like.dtype
         self.groups: dict[int | None, Slots] = {}
         self.layers: list[tuple[int | None, int]] = []
         for window in windows:
@@ -146,7 +198,7 @@ class Cache:
             self.layers.append((window, sum(1 for group, _ in self.layers if group == window)))
         for window in dict.fromkeys(group for group, _ in self.layers):
             count = sum(1 for group, _ in self.layers if group == window)
-            self.groups[window] = Slots(count, batch, window or max_len, heads, like)
+            self.groups[window] = Slots(count, batch, window or max_len, heads, like, self.dtype)
         self.length: int | None = 0
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
         self.declared = torch.full_like(self.lengths, max_len)
@@ -208,4 +260,4 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Memory held by self-attention keys and values, in bytes."""
-        return sum(2 * slots.keys.numel() * slots.keys.element_size() for slots in self.groups.values())
+        return sum(tensor.nbytes for slots in self.groups.values() for tensor in slots.tensors)

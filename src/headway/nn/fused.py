@@ -159,7 +159,7 @@ class Fused:
         positions = torch.arange(S)[None] if real is None else torch.where(real, torch.arange(S), -1)
         places = [self._buffers.keep(tensor) for tensor in (k, v, positions, state)]
         sequence, column, head, _ = k.stride()
-        columns = steps.Columns(*places, None, sequence, head, column, 0 if real is None else S, half=False)
+        columns = steps.Columns(*places, None, None, None, sequence, head, column, 0 if real is None else S, 0)
         query = self._buffers.floats(self.rows, part.N * part.H)
         self._linear(part.q, self._inputs(residual.before, part.q), query)
         self._heads(part, query, 0, rows, steps.Columns(), None)
@@ -205,17 +205,19 @@ class Fused:
             first + 4 * part.K * part.H,
             *map(self._buffers.keep, (keys.positions, keys.state, keys.starts)),
         )
-        return steps.Columns(*places, width, part.H, width, 1, half=False)
+        return steps.Columns(*places, None, None, width, part.H, width, 1, 0)
 
     def _stored(self, cache: Cache, layer: int, keys: Keys) -> steps.Columns:
         """Columns of a cache."""
         window, index = cache.layers[layer]
         slots = cache.groups[window]
-        k, v = slots.keys[index], slots.values[index]
-        if k.dtype not in (torch.float32, torch.float16):
+        k, v = slots.keys.numbers[index], slots.values.numbers[index]
+        if k.dtype not in steps.KEPT or (k.dtype == torch.int8 and k.shape[-1] % ROWS):
             raise UnfitError
-        places = (k.data_ptr(), v.data_ptr(), keys.positions.data_ptr(), keys.state.data_ptr(), None)
-        return steps.Columns(*places, *k.stride()[:3], keys.positions.stride(0), half=k.dtype == torch.float16)
+        scales = [some.scales if some.scales is None else some.scales[index] for some in (slots.keys, slots.values)]
+        places = [k, v, keys.positions, keys.state, None, *scales]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in places]
+        return steps.Columns(*pointers, *k.stride()[:3], keys.positions.stride(0), steps.KEPT.index(k.dtype))
 
     def _feed_forward(self, part: FeedForward, inputs: dict[int, Coded], residual: Residual) -> None:
         if part.gated and leaf_of(part.up).shape[0] % (2 * ROWS):
@@ -431,6 +433,6 @@ def kept(cache: Cache, what: type[Steps], B: int, T: int, make: Callable[[], Ste
 def _made_for(cache: Cache, what: type, B: int, T: int) -> tuple[object, ...]:
     """What steps depend on: a cache that was reordered has moved."""
     # A program holds the positions it reads, so that no others can come to lie at their address.
-    tensors = [tensor for slots in cache.groups.values() for tensor in (slots.keys, slots.positions)]
+    tensors = [tensor for slots in cache.groups.values() for tensor in (slots.keys.numbers, slots.positions)]
     tensors += [pair[0] for pair in cache.cross if pair is not None]
     return what, B, T, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)

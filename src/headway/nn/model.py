@@ -210,10 +210,13 @@ class Transformer(nn.Module):
         hidden = self._run(self.decoder, ids, decoder_real, None, None, cache, None, encoded, encoder_real)
         return States(hidden, decoder_real, encoded)
 
-    def new_cache(self, batch: int, max_len: int, lengths: Tensor | None = None) -> Cache:
+    def new_cache(
+        self, batch: int, max_len: int, lengths: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
         """Empty memory for `batch` sequences of up to `max_len` tokens through the decoder.
 
-        `lengths` (B,) declares how long each row will become (default `max_len`), for length-dependent RoPE.
+        `lengths` (B,) declares how long each row will become (default `max_len`), for length-dependent RoPE. `dtype`
+        is what keys and values are kept in (default the model's own; int8 is codes with a scale for each vector).
         """
         if self.decoder is None:
             raise ConfigError("kind and cache", f"kind {self.config.kind} keeps no cache", "a decoder")
@@ -223,7 +226,7 @@ class Transformer(nn.Module):
         if has_table and max_len > self.config.max_len:
             raise ConfigError("cache and max_len", f"room for {max_len} tokens", f"at most {self.config.max_len}")
         heads = (self.config.n_kv_heads, self.config.d_head)
-        cache = Cache(self.decoder.windows, batch, max_len, heads, next(self.parameters()))
+        cache = Cache(self.decoder.windows, batch, max_len, heads, next(self.parameters()), dtype)
         if lengths is not None:
             cache.declared = lengths.to(cache.declared)
         return cache

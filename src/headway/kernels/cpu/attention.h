@@ -36,12 +36,11 @@ TARGET static void turn_head(float *x, const float *angles, i64 pairs, i64 inter
     }
 }
 
-FN void keep(void *store, i64 at, const float *x, i64 H, i64 half) {
-    if (!half) {
-        __builtin_memcpy((float *)store + at, x, H * sizeof(float));
-        return;
-    }
-    for (i64 i = 0; i < H; ++i) ((uint16_t *)store)[at + i] = float_to_half(x[i]);
+FN void keep(void *store, float *scales, i64 at, const float *x, i64 H, i64 kept) {
+    int32_t sum;
+    if (kept == CODES) scales[at / H] = code_chunk(x, H, 1, (int8_t *)store + at, 0, &sum, 0);
+    else if (kept == FLOATS) __builtin_memcpy((float *)store + at, x, H * sizeof(float));
+    else for (i64 i = 0; i < H; ++i) ((uint16_t *)store)[at + i] = float_to_half(x[i]);
 }
 
 // Items: rows.
@@ -59,20 +58,21 @@ TARGET static void heads(const Heads &h, i64 begin, i64 end) {
             const Columns &c = h.columns;
             const i64 head = is_v ? n - h.N - h.K : n - h.N;
             const i64 at = sequence * c.sequence_stride + head * c.head_stride + column * c.column_stride;
-            keep(is_v ? c.values : c.keys, at, x, h.H, c.half);
+            keep(is_v ? c.values : c.keys, is_v ? c.value_scales : c.key_scales, at, x, h.H, c.kept);
         }
     }
 }
 
-FN float number_at(const void *from, i64 at, i64 half) {
-    return half ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+FN float number_at(const void *from, i64 at, i64 kept) {
+    return kept == HALVES ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
 // What some rows of one sequence see of one head: S columns from `keys` and `values` on; `whole` if each sees all.
 struct View {
     const char *keys, *values;
+    const float *key_scales, *value_scales;
     const i64 *positions;
-    i64 S, stride, half;
+    i64 S, stride, kept;
     bool whole;
     i64 room;  // S up to whole vectors
 };
@@ -89,7 +89,7 @@ template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const
         for (i64 i = 0; i < whole; i += LANES) {
 #pragma GCC unroll 16
             for (int j = 0; j < KEYS; ++j) {
-                const Floats key = numbers_at(v.keys, at[j] + i, v.half);
+                const Floats key = numbers_at(v.keys, at[j] + i, v.kept);
                 for (int r = 0; r < COUNT; ++r)
                     sums[r * KEYS + j] = plus_product(sums[r * KEYS + j], key, load<Floats>(q + r * q_stride + i));
             }
@@ -99,7 +99,7 @@ template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const
     }
     for (int r = 0; whole < H && r < COUNT; ++r)
         for (i64 s = 0; s < v.S; ++s)
-            for (i64 i = whole; i < H; ++i) scores[r * v.room + s] += number_at(v.keys, s * v.stride + i, v.half) * q[r * q_stride + i];
+            for (i64 i = whole; i < H; ++i) scores[r * v.room + s] += number_at(v.keys, s * v.stride + i, v.kept) * q[r * q_stride + i];
 }
 
 TARGET static void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
@@ -114,7 +114,7 @@ template <int COUNT, int WIDE> TARGET void gather_some(const float *weights, con
     Floats sums[COUNT][WIDE] = {};
     for (i64 s = 0; s < v.S; ++s) {
         Floats values[WIDE];
-        for (int w = 0; w < WIDE; ++w) values[w] = numbers_at(v.values, s * v.stride + i + w * LANES, v.half);
+        for (int w = 0; w < WIDE; ++w) values[w] = numbers_at(v.values, s * v.stride + i + w * LANES, v.kept);
         for (int r = 0; r < COUNT; ++r)
             for (int w = 0; w < WIDE; ++w) sums[r][w] = plus_product(sums[r][w], values[w], splat(weights[r * v.room + s]));
     }
@@ -130,7 +130,7 @@ template <int COUNT> TARGET void gather_rows(const float *weights, const View &v
     for (; i < H; ++i)
         for (int r = 0; r < COUNT; ++r) {
             float sum = 0;
-            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.room + s] * number_at(v.values, s * v.stride + i, v.half);
+            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.room + s] * number_at(v.values, s * v.stride + i, v.kept);
             out[r * stride + i] = sum;
         }
 }
@@ -145,9 +145,11 @@ FN bool sees(const Attend &a, i64 position, i64 column) {
     return column >= 0 && (!a.causal || back >= 0) && (!a.window || (back < a.window && -back < a.window));
 }
 
-// The scores of a row at `position` become weights that sum to one; a row that sees nothing has weights of zero.
+// The scores of a row at `position` become weights that sum to one, times the scales of values in codes; a row that sees
+// nothing has weights of zero.
 TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a, const float *bias) {
     const float none = -__builtin_inff();
+    for (i64 i = 0; v.key_scales && i < v.S; ++i) s[i] *= v.key_scales[i];
     for (i64 i = 0; i < v.S; ++i) s[i] *= a.scale;
     for (i64 i = 0; a.cap > 0 && i < v.S; ++i) s[i] = a.cap * (1.0f - 2.0f / (1.0f + __builtin_expf(2.0f * s[i] / a.cap)));
     for (i64 i = 0; bias && i < v.S; ++i) {
@@ -172,6 +174,7 @@ TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a,
     const float total = sum_of(totals);
     const float inverse = total == 0 ? 0.0f : 1.0f / total;
     for (i64 i = 0; i < v.S; ++i) s[i] *= inverse;
+    for (i64 i = 0; v.value_scales && i < v.S; ++i) s[i] *= v.value_scales[i];
 }
 
 // The columns from the first to the last that any of `count` rows, from positions `least` to `most`, sees of `used` ones.
@@ -203,7 +206,7 @@ TARGET static Range range_by_search(const Attend &a, const i64 *rows, int count,
 TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
     const Columns &c = a.columns;
     const i64 *rows = a.rows + 3 * t, first = c.starts ? c.starts[rows[0]] : rows[0];
-    const i64 *positions = c.positions + first * c.positions_stride, size = c.half ? 2 : 4;
+    const i64 *positions = c.positions + first * c.positions_stride, size = c.kept == CODES ? 1 : c.kept == HALVES ? 2 : 4;
     const i64 used = c.starts ? c.starts[rows[0] + 1] - first : c.state[0];
     i64 least = rows[1], most = rows[1];
     for (int r = 1; r < count; ++r) {
@@ -211,10 +214,12 @@ TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
         most = rows[3 * r + 1] > most ? rows[3 * r + 1] : most;
     }
     const Range of = c.state[1] ? range_in_order(a, least, most, used) : range_by_search(a, rows, count, positions, used);
-    const i64 at = (first * c.sequence_stride + n / (a.N / a.K) * c.head_stride + of.low * c.column_stride) * size;
-    const char *keys = (const char *)c.keys + at, *values = (const char *)c.values + at;
-    const i64 S = of.high - of.low;
-    return {keys, values, positions + of.low, S, c.column_stride, c.half, of.whole, (S + LANES - 1) / LANES * LANES};
+    const i64 at = first * c.sequence_stride + n / (a.N / a.K) * c.head_stride + of.low * c.column_stride, vector = at / a.H;
+    const char *keys = (const char *)c.keys + at * size, *values = (const char *)c.values + at * size;
+    const float *k_scales = c.kept == CODES ? c.key_scales + vector : nullptr;
+    const float *v_scales = c.kept == CODES ? c.value_scales + vector : nullptr;
+    const i64 S = of.high - of.low, room = (S + LANES - 1) / LANES * LANES;
+    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, c.kept, of.whole, room};
 }
 
 // Items: QUERIES rows of a head, those of one sequence at a time.

@@ -123,9 +123,10 @@ FN float half_to_float(uint16_t half) {
     return load_halves(several)[0];
 }
 
-// LANES numbers from place `at` of floats or half floats.
-FN Floats numbers_at(const void *from, i64 at, i64 half) {
-    return half ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
+// LANES numbers from place `at` of floats, half floats, or codes of one byte.
+FN Floats numbers_at(const void *from, i64 at, i64 kept) {
+    if (kept == CODES) return to_floats(__builtin_convertvector(load<Bytes>((const int8_t *)from + at), Ints));
+    return kept == HALVES ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
 }
 
 // The running sum of LANES rows over quadruples of codes times activations. BITS says how large codes may be: 4 (below

@@ -51,11 +51,14 @@ struct Linear {
 
 // Keys and values of one layer and where they stand: (B, K, S, H) with strides in elements, positions (B, S) with -1 for a
 // column that holds nothing, and the state of the columns: how many are in use, and whether each stands at its position.
-// With `starts` (B + 1) sequences of any length lie one behind the other, columns of one row.
+// With `starts` (B + 1) sequences of any length lie one behind the other, columns of one row. In codes of -127 to 127 each
+// vector has a scale, (B, K, S); its H is then a multiple of 16 and vectors lie one behind the other.
+enum Kept : i64 { FLOATS, HALVES, CODES };
 struct Columns {
     void *keys, *values;
     const i64 *positions, *state, *starts;
-    i64 sequence_stride, head_stride, column_stride, positions_stride, half;
+    float *key_scales, *value_scales;
+    i64 sequence_stride, head_stride, column_stride, positions_stride, kept;
 };
 
 // Of each row of a fused projection (T, N + 2K, H): queries and keys normalised per head and turned, keys and values put
