@@ -11,7 +11,7 @@ import torch
 from generation_toys import Scripted, byte_tokenizer, toy_config, toy_model
 
 from headway.errors import ConfigError, DivergedError, InputError
-from headway.generation import Generation, GenerationOptions, generate
+from headway.generation import Generation, GenerationOptions, generate, session
 from headway.generation.prompts import prepare
 from headway.nn import Transformer
 from headway.text import train_tokenizer
@@ -94,6 +94,46 @@ def test_cached_decoding_equals_the_full_forward(name: str) -> None:
         torch.testing.assert_close(
             torch.tensor([row.logprob for row in answer.logprobs], dtype=torch.float64), expected, rtol=0, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_prompt_in_parts_is_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of unequal length end in different parts; in float64 the order of the sums does not show."""
+    model = toy_model(**VARIANTS[name])
+    ready = [prepare(text, "prompt", model.config, byte_tokenizer(), GenerationOptions()) for text in PROMPTS if text]
+    found = {}
+    for size in (512, 4, 1):
+        monkeypatch.setattr(session, "CHUNK", size)
+        with session.inference(model):
+            for everywhere in (False, True):
+                one = session.Session(model, ready, 257)
+                found[size, everywhere] = one.last(one.prefill(everywhere=everywhere))
+                assert torch.equal(one.cache.lengths, found.setdefault("lengths", one.cache.lengths))
+    for place, logits in found.items():
+        if place != "lengths":
+            assert torch.allclose(logits, found[512, True], rtol=0, atol=1e-10), place
+
+
+@pytest.mark.parametrize("name", ["rope", "sliding", "pair", "grouped"])
+@pytest.mark.parametrize("kv_dtype,most", [("float16", 1e-2), ("int8", 0.3)])
+def test_keys_in_fewer_bits_move_the_logits_a_little(name: str, kv_dtype: str, most: float) -> None:
+    """These toys have logits of some tens. A memory of another sort of keys is not gone on with."""
+    model, known = toy_model(**VARIANTS[name]), {}
+    ready = prepare([5, 9, 200, 3, 77, 18, 54, 2], "prompt", model.config, byte_tokenizer(), GenerationOptions())
+    for kind in ("model", kv_dtype):
+        with session.inference(model):
+            one = session.Session(model, [ready], 257, kv_dtype=kind)
+            one.prefill()
+            known[kind] = torch.cat([one.next(torch.tensor([token])) for token in (7, 8, 9)])
+    gap = float((known[kv_dtype] - known["model"]).abs().max() / known["model"].abs().max())
+    assert 1e-9 < gap < most
+    assert one.cache.dtype == session.KV_DTYPES[kv_dtype]
+    if name == "rope":
+        memory = session.Memory()
+        for kind, reused in (("model", 0), ("model", 7), (kv_dtype, 0), (kv_dtype, 7)):
+            options = GenerationOptions(**GREEDY, kv_dtype=kind)
+            generate(model, byte_tokenizer(), [ready.ids], options, memory=memory)
+            assert memory.reused == reused
 
 
 def test_samples_of_a_prompt_equal_separate_rows() -> None:

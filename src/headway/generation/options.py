@@ -119,7 +119,8 @@ class GenerationOptions(Checked):
     log-probabilities over length ** length_penalty. early_stopping True ends at `beams` finished hypotheses, False
     when no live one beats the worst finished one at its present length, "never" when none could at any length.
     batch_size: sequences decoded together; results do not depend on it. lookup (0): tokens to guess ahead from what
-    stood here before, in a text of its own; it changes the speed and, but for rounding, nothing else.
+    stood here before, in a text of its own; it changes the speed and, but for rounding, nothing else. draft_tokens (4)
+    is as many guesses of a draft model, where there is one. kv_dtype (model) is what keys and values are kept in: float16 or int8 take a half or a quarter of float32's memory.
 
     Raises:
         ConfigError: naming the field, or both fields of a combination that cannot be.
@@ -149,8 +150,9 @@ class GenerationOptions(Checked):
     length_penalty: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = 1.0
     early_stopping: bool | Literal["never"] = False
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
-
     lookup: Annotated[int, Field(ge=0, le=64)] = 0
+    draft_tokens: Annotated[int, Field(ge=1, le=64)] = 4
+    kv_dtype: Literal["model", "float16", "int8"] = "model"
 
     rules: ClassVar = OPTION_RULES
 

@@ -30,6 +30,8 @@ def inference(model: Transformer) -> Iterator[None]:
 
 
 _ROOM = 256  # tokens that a memory holds at least
+CHUNK = 512  # tokens of a prompt read at a time: what a pass holds of them does not grow with the prompt
+KV_DTYPES = {"model": None, "float16": torch.float16, "int8": torch.int8}
 
 
 class Memory:
@@ -44,7 +46,7 @@ class Memory:
         self.reused = 0
         self._cache: Cache | None = None
 
-    def cache(self, model: Transformer, prompt: Prompt) -> Cache:
+    def cache(self, model: Transformer, prompt: Prompt, dtype: torch.dtype | None = None) -> Cache:
         """A cache with room for prompt and answer that holds the first `reused` ids of the prompt.
 
         That is the common prefix, or nothing where it cannot be kept: the room has become too small, a rolling window
@@ -54,12 +56,14 @@ class Memory:
         rope = model.decoder.rope if model.decoder is not None else None
         cache = self._cache
         fits = cache is not None and used <= cache.max_len and not (rope is not None and rope.by_length)
+        fits = fits and cache is not None and dtype in (None, cache.dtype)
         self.ids = self.ids[:shared]
         if cache is None or not fits or not _crop(cache, shared):
             # By powers of two: a growing conversation is read again once per doubling and takes no more than twice
             # the memory of what is in it.
             self.ids, self._cache = [], None
-            cache = model.new_cache(1, min(max(1 << (used - 1).bit_length(), _ROOM), model.config.max_len))
+            room = min(max(1 << (used - 1).bit_length(), _ROOM), model.config.max_len)
+            cache = model.new_cache(1, room, dtype=dtype)
         self._cache, self.reused = cache, len(self.ids)
         cache.declared.fill_(used)
         return cache
@@ -88,21 +92,30 @@ class Session:
     Args:
         model: a decoder or encoder-decoder. prompts: one per row. vocab: how many logits count (a model's table may
             have more rows than its tokenizer has tokens, and nobody could read those). memory: of an earlier session
-            with one row, for a decoder with one prompt; an encoder-decoder reads its prompt anew.
+            with one row, for a decoder with one prompt; an encoder-decoder reads its prompt anew. kv_dtype: see
+            GenerationOptions.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Prompt], vocab: int, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Prompt],
+        vocab: int,
+        memory: Memory | None = None,
+        kv_dtype: str = "model",
+    ) -> None:
         self.model, self.vocab = model, vocab
+        dtype = KV_DTYPES[kv_dtype]
         self.device = next(model.parameters()).device
         self._ids, self._real = self._pad([prompt.ids for prompt in prompts])
         self._memory = None if model.is_pair else memory
         if self._memory is not None:
-            self.cache = self._memory.cache(model, prompts[0])
+            self.cache = self._memory.cache(model, prompts[0], dtype)
             self._ids = self._ids[:, self._memory.reused :]
             return
         used = [prompt.room + (0 if model.is_pair else len(prompt.ids)) for prompt in prompts]
         # Rows declare the length they are meant to reach: RoPE scalings that depend on it must not see the neighbours.
-        self.cache = model.new_cache(len(prompts), max(used), torch.tensor(used, device=self.device))
+        self.cache = model.new_cache(len(prompts), max(used), torch.tensor(used, device=self.device), dtype)
 
     def prefill(self, *, everywhere: bool = False) -> Tensor:
         """Read the prompts: logits (B, 1, V) of each row's last place, or with `everywhere` of every place (B, T, V).
@@ -113,12 +126,25 @@ class Session:
         if self.model.is_pair:
             start = torch.full((len(self._ids), 1), self.model.config.tokens.decoder_start or 0, device=self.device)
             out = self.model(self._ids, attention_mask=self._real, decoder_input_ids=start, cache=self.cache)
-        else:
-            out = self.model(self._ids, attention_mask=self._real, cache=self.cache)
-        if self._memory is not None:
-            self._memory.ids += self._ids[0].tolist()
-        logits: Tensor = out.logits[..., : self.vocab]
-        return logits
+            return self._known(out.logits)
+        found: list[Tensor] = []
+        for begin in range(0, self._ids.shape[1], CHUNK):
+            ids, real = self._ids[:, begin : begin + CHUNK], None
+            if self._real is not None:
+                real = self._real[:, begin : begin + CHUNK]
+            logits = self._known(self.model(ids, attention_mask=real, cache=self.cache).logits)
+            if everywhere:
+                found.append(logits)
+            elif real is None or not found:
+                found = [logits]
+            else:  # of rows that end here, or go on
+                found = [torch.where(real.any(1)[:, None, None], logits, found[0])]
+            if self._memory is not None:
+                self._memory.ids += ids[0].tolist()
+        return torch.cat(found, 1)
+
+    def _known(self, logits_BTV: Tensor) -> Tensor:
+        return logits_BTV[..., : self.vocab]
 
     def last(self, logits_BTV: Tensor) -> Tensor:
         """The logits (B, V) of each row's last place, from those of `prefill`."""
@@ -167,8 +193,7 @@ class Session:
     def _read(self, ids_BT: Tensor) -> Tensor:
         is_pair = self.model.is_pair
         given, more = (None, {"decoder_input_ids": ids_BT}) if is_pair else (ids_BT, {})
-        logits: Tensor = self.model(given, **more, cache=self.cache).logits[..., : self.vocab]
-        return logits
+        return self._known(self.model(given, **more, cache=self.cache).logits)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes a copy of row rows[i]; the number of rows may change."""
