@@ -23,6 +23,7 @@ from headway.errors import ConfigError, InputError
 from headway.loading import Loaded, dtype_of
 from headway.loading import load as _load
 from headway.nn import Transformer
+from headway.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from headway.evaluation.fill_mask import Guess
@@ -103,6 +104,7 @@ def generate(
     prompts: str | Sequence[str | Sequence[int]],
     *,
     on_text: OnText | None = None,
+    draft: Loaded | None = None,
     **options: Any,
 ) -> list[Generation]:
     """Continue prompts with a loaded model.
@@ -111,6 +113,7 @@ def generate(
         loaded: from `load`, or any object with model and tokenizer.
         prompts: one text, or several texts or lists of token ids.
         on_text: called with (number of the sequence, new text) as text becomes certain.
+        draft: a smaller model with the same tokens, whose guesses make a single text come sooner.
         options: fields of generation.GenerationOptions: max_tokens, temperature, top_k, top_p, seed, n, beams...
 
     Returns one Generation per prompt and sample. Raises ConfigError, InputError, DivergedError; see generation.decode.
@@ -122,4 +125,19 @@ def generate(
     check_can_generate(loaded.model.config)
     if loaded.tokenizer is None:
         raise InputError(str(loaded.path), "no tokenizer", "tokenizer.json beside the weights")
-    return decode(loaded.model, loaded.tokenizer, prompts, GenerationOptions(**options), on_text)
+    if draft is not None:
+        _check_tokens(loaded.words, draft)
+    helper = None if draft is None else draft.model
+    return decode(loaded.model, loaded.words, prompts, GenerationOptions(**options), on_text, draft=helper)
+
+
+def _check_tokens(words: Tokenizer, draft: Loaded) -> None:
+    """Raise ConfigError where a draft model means other tokens by the same ids."""
+    if words.hash == draft.words.hash:
+        return
+    for token_id in range(words.vocab_size):
+        own, other = words.token(token_id), draft.words.token(token_id)
+        if own != other:
+            raise ConfigError(
+                "draft", f"its token {token_id} is {other!r}, not {own!r}", "a model of the same tokenizer"
+            )

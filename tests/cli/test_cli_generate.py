@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 
 import headway
 from headway.cli import generate as verb
+from headway.errors import ConfigError
 
 
 def test_text_and_json_agree(command, trained):
@@ -43,6 +45,27 @@ def test_several_prompts_and_samples(command, trained):
     said = command("generate", trained, "-p", "the", "-p", "a", "--n", 2, "--max-tokens", 2, "--json", "--seed", 1)
     assert said.json["choices"][0]["text"] == said.json["text"] and len(said.json["choices"]) == 4
     assert said.err.count("--- prompt") == 4
+
+
+def test_a_draft_and_keys_in_codes(command, trained, tmp_path):
+    """The model drafts for itself; what drafts with other tokens is refused with the first of them."""
+    words = ("generate", trained, "-p", "the cat", "--max-tokens", 9, "--temperature", 0)
+    known = command(*words, "--json").json
+    assert command(*words, "--draft", trained, "--draft-tokens", 3, "--json").json["token_ids"] == known["token_ids"]
+    assert command(*words, "--kv-dtype", "int8", "--json").json["generated_tokens"] == 9
+    said = command(*words, "--kv-dtype", "int4")
+    assert said.code == 2 and "kv_dtype" in said.error and "'int8'" in said.error
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    tree = json.loads((other / "tokenizer.json").read_text())
+    vocab = tree["model"]["vocab"]
+    one, two = list(vocab)[5:7]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"draft: its token 5 is"):
+        headway.generate(
+            headway.load(trained), "the", draft=headway.load(other, force_tokenizer=True), max_tokens=3, seed=0
+        )
 
 
 def test_beams(command, trained):

@@ -89,7 +89,7 @@ def test_only_what_is_new_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_room_grows_by_powers_of_two_up_to_the_context() -> None:
     model, memory, made = toy_model(max_len=700), Memory(), []
     make = model.new_cache
-    model.new_cache = lambda batch, room, *a: made.append(room) or make(batch, room, *a)  # type: ignore[method-assign]
+    model.new_cache = lambda batch, room, *a, **k: made.append(room) or make(batch, room, *a, **k)  # type: ignore[method-assign]
     for length in (5, 40, 250, 251, 300, 506, 507, 690):
         answer(model, [1, 2] * (length // 2) + [3], memory)
     assert made == [256, 512, 700] and memory.reused > 500

@@ -1,4 +1,4 @@
-"""Guesses by lookup and by a draft model: the text is the one without guesses, in fewer passes; guessing stops where it does not pay."""
+"""Guesses by lookup or a draft model: the same text in fewer passes; guessing stops where it does not pay."""
 
 from __future__ import annotations
 

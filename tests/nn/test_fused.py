@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from headway.config import ModelConfig
 from headway.errors import InputError
+from headway.generation.prompts import Prompt
+from headway.generation.session import Session
 from headway.kernels import steps
 from headway.kernels.ggml import quantize
 from headway.nn import Transformer
@@ -149,6 +151,12 @@ def test_keys_and_values_kept_in_fewer_bits(
     assert isinstance(cache.fused, NextToken) and slow.fused is None
     assert gap(found, known) < near
     assert 1e-6 < gap(found, whole) < coarse
+
+
+def test_beside_weights_in_codes_keys_are_half_floats() -> None:
+    config = ModelConfig(**{**SIZES, **FORMS["llama"]})
+    for model, dtype in ((in_codes(config), torch.float16), (Transformer(config).eval(), torch.float32)):
+        assert Session(model, [Prompt([1, 2], "", 5)], 50).cache.dtype == dtype
 
 
 @torch.no_grad()

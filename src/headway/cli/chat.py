@@ -51,6 +51,8 @@ class Options(Common):
     repetition_penalty: Annotated[float | None, option(help="Divide logits of tokens seen before [1].")] = None
     presence_penalty: Annotated[float | None, option(help="Subtract once from tokens written [0].")] = None
     frequency_penalty: Annotated[float | None, option(help="Subtract per occurrence written [0].")] = None
+    lookup: Annotated[int | None, option(help="Tokens to guess from what stood here before, for speed [0].")] = None
+    kv_dtype: Annotated[str | None, option(help="Keep keys and values as model, float16 or int8 [auto].")] = None
     stop: Annotated[list[str] | None, option(help="End before this text; may be repeated.", show_default=False)] = None
     seed: Annotated[int | None, option(help="The same seed, the same answers [drawn].")] = None
     template: Annotated[Path | None, option(help="A jinja chat template, in the place of the model's.")] = None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headway.generation import Generation
     from headway.loading import Loaded
 
-_OWN = ("words", "json", "debug", "prompt", "stream", "raw", "force_tokenizer", "threads", "device", "dtype")
+_OWN = ("words", "json", "debug", "prompt", "stream", "raw", "force_tokenizer", "threads", "device", "dtype", "draft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,11 @@ class Options(Common):
     lookup: Annotated[int | None, typer.Option(help="Tokens to guess from what stood here before, for speed [0].")] = (
         None
     )
+    draft: Annotated[str | None, typer.Option(help="A smaller model of the same tokens that guesses, for speed.")] = (
+        None
+    )
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens it guesses at a time [4].")] = None
+    kv_dtype: Annotated[str | None, typer.Option(help="Keep keys and values as model, float16 or int8 [auto].")] = None
     beams: Annotated[int | None, typer.Option(help="Beam search with so many hypotheses [1].")] = None
     length_penalty: Annotated[float | None, typer.Option(help="Beam score = log-probability / length ** this [1].")] = (
         None
@@ -111,7 +116,8 @@ def run(options: Options) -> None:
     def show(_: int, text: str) -> None:
         print(text if is_raw else escapes.feed(text), end="", file=printer.words, flush=True)
 
-    results = api.generate(loaded, prompts, on_text=show if is_streamed else None, **options.chosen)
+    draft = None if options.draft is None else opened(options.draft, options)
+    results = api.generate(loaded, prompts, on_text=show if is_streamed else None, draft=draft, **options.chosen)
     if is_streamed:
         printer.say(escapes.finish())
     else:

@@ -118,9 +118,11 @@ class GenerationOptions(Checked):
     Beam search: beams (1) live hypotheses, of which the n best are returned; their score is the sum of
     log-probabilities over length ** length_penalty. early_stopping True ends at `beams` finished hypotheses, False
     when no live one beats the worst finished one at its present length, "never" when none could at any length.
-    batch_size: sequences decoded together; results do not depend on it. lookup (0): tokens to guess ahead from what
-    stood here before, in a text of its own; it changes the speed and, but for rounding, nothing else. draft_tokens (4)
-    is as many guesses of a draft model, where there is one. kv_dtype (model) is what keys and values are kept in: float16 or int8 take a half or a quarter of float32's memory.
+    batch_size: sequences decoded together; results do not depend on it.
+    Speed: lookup (0) is how many tokens to guess ahead from what stood here before, draft_tokens (4) how many a draft
+    model guesses where there is one, in a text of its own; but for rounding they change nothing else. kv_dtype (auto)
+    is what keys and values are kept in: model is the model's own, float16 and int8 take a half or a quarter of
+    float32's memory; auto is float16 beside weights in codes, and model otherwise.
 
     Raises:
         ConfigError: naming the field, or both fields of a combination that cannot be.
@@ -152,7 +154,7 @@ class GenerationOptions(Checked):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
     lookup: Annotated[int, Field(ge=0, le=64)] = 0
     draft_tokens: Annotated[int, Field(ge=1, le=64)] = 4
-    kv_dtype: Literal["model", "float16", "int8"] = "model"
+    kv_dtype: Literal["auto", "model", "float16", "int8"] = "auto"
 
     rules: ClassVar = OPTION_RULES
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from headway.generation.prompts import Prompt
 from headway.nn.cache import Cache
 from headway.nn.model import Transformer
+from headway.nn.packed import PackedLinear
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def inference(model: Transformer) -> Iterator[None]:
 
 _ROOM = 256  # tokens that a memory holds at least
 CHUNK = 512  # tokens of a prompt read at a time: what a pass holds of them does not grow with the prompt
-KV_DTYPES = {"model": None, "float16": torch.float16, "int8": torch.int8}
+_KV_DTYPES = {"model": None, "float16": torch.float16, "int8": torch.int8}
 
 
 class Memory:
@@ -56,7 +57,7 @@ class Memory:
         rope = model.decoder.rope if model.decoder is not None else None
         cache = self._cache
         fits = cache is not None and used <= cache.max_len and not (rope is not None and rope.by_length)
-        fits = fits and cache is not None and dtype in (None, cache.dtype)
+        fits = fits and cache is not None and cache.dtype == (dtype or next(model.parameters()).dtype)
         self.ids = self.ids[:shared]
         if cache is None or not fits or not _crop(cache, shared):
             # By powers of two: a growing conversation is read again once per doubling and takes no more than twice
@@ -67,6 +68,16 @@ class Memory:
         self._cache, self.reused = cache, len(self.ids)
         cache.declared.fill_(used)
         return cache
+
+
+def kv_dtype_of(model: Transformer, name: str) -> torch.dtype | None:
+    """What keys and values are kept in; None for the model's own dtype.
+
+    auto: half floats beside weights in codes, whose inputs have 8 bits; what the model computes in otherwise.
+    """
+    if name == "auto":
+        name = "float16" if any(isinstance(part, PackedLinear) for part in model.modules()) else "model"
+    return _KV_DTYPES[name]
 
 
 def beginning(one: Iterable[int], other: Iterable[int]) -> int:
@@ -102,10 +113,10 @@ class Session:
         prompts: Sequence[Prompt],
         vocab: int,
         memory: Memory | None = None,
-        kv_dtype: str = "model",
+        kv_dtype: str = "auto",
     ) -> None:
         self.model, self.vocab = model, vocab
-        dtype = KV_DTYPES[kv_dtype]
+        dtype = kv_dtype_of(model, kv_dtype)
         self.device = next(model.parameters()).device
         self._ids, self._real = self._pad([prompt.ids for prompt in prompts])
         self._memory = None if model.is_pair else memory

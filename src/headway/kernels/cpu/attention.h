@@ -1,6 +1,7 @@
 // Queries, keys and values of a row of tokens, and what the queries gather from the cache.
 
-static const int QUERIES = 4;  // of one head, that read each key and value together
+static const int QUERIES = 4;  // of one head, that read each key and value together; or of one token,
+static const int HEADS = 2;    // as many heads, if they share keys and values
 
 FN uint16_t float_to_half(float value) {
 #if LEVEL >= 2
@@ -63,8 +64,8 @@ TARGET static void heads(const Heads &h, i64 begin, i64 end) {
     }
 }
 
-FN float number_at(const void *from, i64 at, i64 kept) {
-    return kept == HALVES ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+template <int KEPT> FN float number_at(const void *from, i64 at) {
+    return KEPT == HALVES ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
 // What some rows of one sequence see of one head: S columns from `keys` and `values` on; `whole` if each sees all.
@@ -72,14 +73,14 @@ struct View {
     const char *keys, *values;
     const float *key_scales, *value_scales;
     const i64 *positions;
-    i64 S, stride, kept;
+    i64 S, stride;
     bool whole;
     i64 room;  // S up to whole vectors
 };
 
 // scores[r][s] = q[r] k[s] for COUNT rows, which share the keys as they are loaded. What a row gets depends neither on the
 // other rows nor, if the first column is the same, on how many they see: a token is the same whatever it is read with.
-template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const View &v, i64 H, float *scores) {
+template <int KEPT, int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const View &v, i64 H, float *scores) {
     const i64 whole = H / LANES * LANES;
     const int KEYS = LANES / COUNT;  // at once: the sums of all are one vector
     for (i64 s = 0; s < v.S; s += KEYS) {
@@ -89,7 +90,7 @@ template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const
         for (i64 i = 0; i < whole; i += LANES) {
 #pragma GCC unroll 16
             for (int j = 0; j < KEYS; ++j) {
-                const Floats key = numbers_at(v.keys, at[j] + i, v.kept);
+                const Floats key = numbers_at<KEPT>(v.keys, at[j] + i);
                 for (int r = 0; r < COUNT; ++r)
                     sums[r * KEYS + j] = plus_product(sums[r * KEYS + j], key, load<Floats>(q + r * q_stride + i));
             }
@@ -99,22 +100,22 @@ template <int COUNT> TARGET void scores_some(const float *q, i64 q_stride, const
     }
     for (int r = 0; whole < H && r < COUNT; ++r)
         for (i64 s = 0; s < v.S; ++s)
-            for (i64 i = whole; i < H; ++i) scores[r * v.room + s] += number_at(v.keys, s * v.stride + i, v.kept) * q[r * q_stride + i];
+            for (i64 i = whole; i < H; ++i) scores[r * v.room + s] += number_at<KEPT>(v.keys, s * v.stride + i) * q[r * q_stride + i];
 }
 
-TARGET static void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
+template <int KEPT> TARGET void scores_of(const float *q, i64 q_stride, int count, const View &v, i64 H, float *scores) {
     const int TOGETHER = LANES / 4;
     int r = 0;
-    for (; r + TOGETHER <= count; r += TOGETHER) scores_some<TOGETHER>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
-    for (; r < count; ++r) scores_some<1>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
+    for (; r + TOGETHER <= count; r += TOGETHER) scores_some<KEPT, TOGETHER>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
+    for (; r < count; ++r) scores_some<KEPT, 1>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
 }
 
 // out[r] = sum over s of weights[r][s] v[s], for COUNT rows and WIDE vectors of each at a time.
-template <int COUNT, int WIDE> TARGET void gather_some(const float *weights, const View &v, i64 i, float *out, i64 stride) {
+template <int KEPT, int COUNT, int WIDE> TARGET void gather_some(const float *weights, const View &v, i64 i, float *out, i64 stride) {
     Floats sums[COUNT][WIDE] = {};
     for (i64 s = 0; s < v.S; ++s) {
         Floats values[WIDE];
-        for (int w = 0; w < WIDE; ++w) values[w] = numbers_at(v.values, s * v.stride + i + w * LANES, v.kept);
+        for (int w = 0; w < WIDE; ++w) values[w] = numbers_at<KEPT>(v.values, s * v.stride + i + w * LANES);
         for (int r = 0; r < COUNT; ++r)
             for (int w = 0; w < WIDE; ++w) sums[r][w] = plus_product(sums[r][w], values[w], splat(weights[r * v.room + s]));
     }
@@ -122,22 +123,23 @@ template <int COUNT, int WIDE> TARGET void gather_some(const float *weights, con
         for (int w = 0; w < WIDE; ++w) store(out + r * stride + i + w * LANES, sums[r][w]);
 }
 
-template <int COUNT> TARGET void gather_rows(const float *weights, const View &v, i64 H, float *out, i64 stride) {
+template <int KEPT, int COUNT> TARGET void gather_rows(const float *weights, const View &v, i64 H, float *out, i64 stride) {
     const int WIDE = COUNT == 1 ? 4 : 2;
     i64 i = 0;
-    for (; i + WIDE * LANES <= H; i += WIDE * LANES) gather_some<COUNT, WIDE>(weights, v, i, out, stride);
-    for (; i + LANES <= H; i += LANES) gather_some<COUNT, 1>(weights, v, i, out, stride);
+    for (; i + WIDE * LANES <= H; i += WIDE * LANES) gather_some<KEPT, COUNT, WIDE>(weights, v, i, out, stride);
+    for (; i + LANES <= H; i += LANES) gather_some<KEPT, COUNT, 1>(weights, v, i, out, stride);
     for (; i < H; ++i)
         for (int r = 0; r < COUNT; ++r) {
             float sum = 0;
-            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.room + s] * number_at(v.values, s * v.stride + i, v.kept);
+            for (i64 s = 0; s < v.S; ++s) sum += weights[r * v.room + s] * number_at<KEPT>(v.values, s * v.stride + i);
             out[r * stride + i] = sum;
         }
 }
 
-TARGET static void gather(const float *weights, int count, const View &v, i64 H, float *out, i64 stride) {
-    if (count == QUERIES) return gather_rows<QUERIES>(weights, v, H, out, stride);
-    for (int r = 0; r < count; ++r) gather_rows<1>(weights + r * v.room, v, H, out + r * stride, stride);
+template <int KEPT> TARGET void gather(const float *weights, int count, const View &v, i64 H, float *out, i64 stride) {
+    if (count == QUERIES) return gather_rows<KEPT, QUERIES>(weights, v, H, out, stride);
+    if (count == HEADS) return gather_rows<KEPT, HEADS>(weights, v, H, out, stride);
+    for (int r = 0; r < count; ++r) gather_rows<KEPT, 1>(weights + r * v.room, v, H, out + r * stride, stride);
 }
 
 FN bool sees(const Attend &a, i64 position, i64 column) {
@@ -219,23 +221,44 @@ TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
     const float *k_scales = c.kept == CODES ? c.key_scales + vector : nullptr;
     const float *v_scales = c.kept == CODES ? c.value_scales + vector : nullptr;
     const i64 S = of.high - of.low, room = (S + LANES - 1) / LANES * LANES;
-    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, c.kept, of.whole, room};
+    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, of.whole, room};
 }
 
-// Items: QUERIES rows of a head, those of one sequence at a time.
+FN i64 shared_heads(const Attend &a) { return (a.N / a.K + HEADS - 1) / HEADS; }  // items of a key-value head
+
+// What some tokens from t on gather with their head n, or one token with some heads from n on.
+template <int KEPT> TARGET void mix(const Attend &a, i64 t, i64 n, int tokens, int heads, float *scores) {
+    const View v = view_of(a, t, tokens, n);
+    const int count = tokens * heads;
+    const i64 q_stride = heads > 1 ? a.H : a.q_stride, out_stride = heads > 1 ? a.H : a.N * a.H, width = 2 * a.reach + 1;
+    scores_of<KEPT>(a.q + t * a.q_stride + n * a.H, q_stride, count, v, a.H, scores);
+    for (int r = 0; r < count; ++r) {
+        const float *bias = a.bias ? a.bias + (n + r % heads) * width + a.reach : nullptr;
+        weigh(scores + r * v.room, v, a.rows[3 * (t + r / heads) + 1], a, bias);
+    }
+    gather<KEPT>(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, out_stride);
+}
+
+TARGET static void mix_kept(const Attend &a, i64 t, i64 n, int tokens, int heads, float *scores) {
+    if (a.columns.kept == CODES) return mix<CODES>(a, t, n, tokens, heads, scores);
+    if (a.columns.kept == HALVES) return mix<HALVES>(a, t, n, tokens, heads, scores);
+    mix<FLOATS>(a, t, n, tokens, heads, scores);
+}
+
+// Items: QUERIES tokens and HEADS heads that share keys. Tokens of one sequence are taken together, or else heads.
 TARGET static void attend(const Attend &a, i64 T, i64 begin, i64 end, i64 thread) {
     float *scores = a.scratch + thread * QUERIES * a.room;
+    const i64 group = a.N / a.K, shared = shared_heads(a), across = a.K * shared;
     for (i64 item = begin; item < end; ++item) {
-        const i64 n = item % a.N, first = item / a.N * QUERIES, last = first + QUERIES < T ? first + QUERIES : T;
-        const float *bias = a.bias ? a.bias + n * (2 * a.reach + 1) + a.reach : nullptr;
+        const i64 first = item / across * QUERIES, last = first + QUERIES < T ? first + QUERIES : T;
+        const i64 k = item % across / shared, in_group = item % shared * HEADS, n = k * group + in_group;
+        const int heads = group - in_group < HEADS ? (int)(group - in_group) : HEADS;
         int count = 1;
         for (i64 t = first; t < last; t += count) {
             count = 1;
             while (t + count < last && a.rows[3 * (t + count)] == a.rows[3 * t]) ++count;
-            const View v = view_of(a, t, count, n);
-            scores_of(a.q + t * a.q_stride + n * a.H, a.q_stride, count, v, a.H, scores);
-            for (int r = 0; r < count; ++r) weigh(scores + r * v.room, v, a.rows[3 * (t + r) + 1], a, bias);
-            gather(scores, count, v, a.H, a.out + (t * a.N + n) * a.H, a.N * a.H);
+            if (count == 1) mix_kept(a, t, n, 1, heads, scores);
+            else for (int h = 0; h < heads; ++h) mix_kept(a, t, n + h, count, 1, scores);
         }
     }
 }

@@ -8,7 +8,10 @@ struct Block {  // one number for each of them
 
 FN Block numbers(const void *from, i64 at, i64 half) {
     Block out;
-    for (int p = 0; p < PARTS; ++p) out.parts[p] = numbers_at(from, at + p * LANES, half);
+    for (int p = 0; p < PARTS; ++p) {
+        const i64 place = at + p * LANES;
+        out.parts[p] = half ? numbers_at<HALVES>(from, place) : numbers_at<FLOATS>(from, place);
+    }
     return out;
 }
 
@@ -280,7 +283,10 @@ TARGET static void gather(const Gather &g, i64 begin, i64 end) {
 
 TARGET static i64 item_count(const Step &step, i64 T) {
     if (step.kind == NORM || step.kind == HEADS || step.kind == GATHER) return T;
-    if (step.kind == ATTEND) return (T + QUERIES - 1) / QUERIES * ((const Attend *)step.what)->N;
+    if (step.kind == ATTEND) {
+        const Attend &a = *(const Attend *)step.what;
+        return (T + QUERIES - 1) / QUERIES * a.K * shared_heads(a);
+    }
     return (width_of(*(const Linear *)step.what) + ROWS - 1) / ROWS * ((T + PANEL - 1) / PANEL);
 }
 

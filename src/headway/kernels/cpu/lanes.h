@@ -123,10 +123,20 @@ FN float half_to_float(uint16_t half) {
     return load_halves(several)[0];
 }
 
+FN Floats load_bytes(const int8_t *from) {
+#if LEVEL >= 3
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif LEVEL == 2
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    return to_floats(__builtin_convertvector(load<Bytes>(from), Ints));
+#endif
+}
+
 // LANES numbers from place `at` of floats, half floats, or codes of one byte.
-FN Floats numbers_at(const void *from, i64 at, i64 kept) {
-    if (kept == CODES) return to_floats(__builtin_convertvector(load<Bytes>((const int8_t *)from + at), Ints));
-    return kept == HALVES ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
+template <int KEPT> FN Floats numbers_at(const void *from, i64 at) {
+    if (KEPT == CODES) return load_bytes((const int8_t *)from + at);
+    return KEPT == HALVES ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
 }
 
 // The running sum of LANES rows over quadruples of codes times activations. BITS says how large codes may be: 4 (below
