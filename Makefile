@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # What an installation depends on; an editable one follows the Python sources by itself.
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/headway/kernels/*.cpp)
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/headway/kernels/cpu/*)
 
 .PHONY: demo setup test pytest check format bench clean
 

@@ -107,7 +107,7 @@ def stack(rng: random.Random) -> None:
         real[row, slice(0, padding) if rng.random() < 0.5 else slice(T - padding, T)] = 0
     with torch.no_grad(), use_planes(rng.choice([1, 2])):
         assert model(ids, attention_mask=rng.choice([None, real])).logits.isfinite().all()
-        cache = model.new_cache(B, 30)
+        cache = model.new_cache(B, 30, dtype=rng.choice([None, torch.float16, torch.int8]))
         first = rng.randint(1, T)
         model(ids[:, :first], attention_mask=rng.choice([None, real[:, :first]]), cache=cache)
         for _ in range(rng.randint(0, 6)):

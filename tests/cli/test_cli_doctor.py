@@ -10,7 +10,7 @@ import torch
 
 from headway import machine
 from headway.cli import doctor
-from headway.kernels import native
+from headway.kernels import built, native, steps
 
 
 def test_doctor_says_what_is_there(command):
@@ -117,7 +117,13 @@ def test_an_unwritable_cache_only_means_measuring_again(monkeypatch, tmp_path):
 
 
 def test_it_says_whether_the_kernels_are_built(command, monkeypatch):
-
-    assert doctor.facts()["native_kernels"] == (native.library() is not None)
-    monkeypatch.setattr(doctor.Path, "glob", lambda path, pattern: iter(()))
+    known = doctor.facts()
+    assert known["native_kernels"] == bool(known["kernel_levels"]) == bool(built.files())
+    if native.library() is not None:
+        assert (
+            known["kernel_levels"] == steps.levels() and f"built: {', '.join(steps.levels())}" in command("doctor").out
+        )
+    monkeypatch.setattr(doctor, "_levels", list)
+    assert not built.files() or "not for this machine" in command("doctor").out
+    monkeypatch.setattr(built, "files", list)
     assert "not built" in command("doctor").out

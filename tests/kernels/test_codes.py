@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headway.kernels import codes, native, steps
+from headway.kernels import built, codes, native, steps
 from headway.kernels.codes import CODED, CodedMatrix, Codes, code_rows, from_blocks, lay_out, product
 from headway.kernels.ggml import BLOCKS, dequantize
 from headway.kernels.native import twins_only
@@ -209,9 +209,9 @@ def test_the_environment_says_which_kernels(asked: str) -> None:
     )
     env = {**os.environ, "HEADWAY_KERNELS": asked}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    if asked == "sse9" and steps.levels():
+    if asked == "sse9" and built.files():
         assert "HEADWAY_KERNELS: 'sse9'; expected off, portable" in done.stderr
     else:
         is_off, is_twin, is_near = done.stdout.split()
-        assert is_near == "True" and (is_off == "True") is (asked == "off" or not steps.levels())
+        assert is_near == "True" and (is_off == "True") is (asked == "off" or not built.files())
         assert is_twin == "True" or asked != "off"

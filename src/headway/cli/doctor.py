@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,6 +18,7 @@ from headway import __version__, machine
 from headway.cli.options import Common, by_name
 from headway.cli.output import Printer, duration, size
 from headway.files import free_space
+from headway.kernels import built
 
 if TYPE_CHECKING:
     from headway.machine import Choice, Probe
@@ -60,7 +63,8 @@ def facts() -> dict[str, object]:
         "cores": machine.cores(),
         "flags": machine.cpu_flags(),
         "load": os.getloadavg()[0],
-        "native_kernels": any((Path(__file__).parents[1] / "kernels").glob("_native*.so")),
+        "native_kernels": bool(built.files()),
+        "kernel_levels": _levels(),
         "compiler": next((found for name in _COMPILERS if (found := shutil.which(name))), None),
         "memory": total,
         "memory_available": available,
@@ -87,6 +91,25 @@ def run(options: Options) -> None:
     printer.result(known)
 
 
+def _levels() -> list[str]:
+    """The instruction sets that the kernels can use here."""
+    for path in built.files():
+        with contextlib.suppress(OSError, AttributeError):  # of another machine, or of an older build
+            return built.levels(ctypes.CDLL(str(path)))
+    return []
+
+
+def _kernels(known: dict[str, object]) -> str:
+    """What runs the products of weights in codes."""
+    levels = known["kernel_levels"]
+    assert isinstance(levels, list)
+    if not known["native_kernels"]:
+        return "not built: slower PyTorch twins; reinstall with a compiler"
+    if not levels:
+        return "built, but not for this machine: slower PyTorch twins; reinstall with a compiler"
+    return f"built: {', '.join(levels)}" + (f" (HEADWAY_KERNELS={built.FORCED})" if built.FORCED else "")
+
+
 def _show_facts(printer: Printer, known: dict[str, object]) -> None:
     packages, optional = known["packages"], known["optional"]
     assert isinstance(packages, dict) and isinstance(optional, dict)
@@ -102,10 +125,7 @@ def _show_facts(printer: Printer, known: dict[str, object]) -> None:
         ("processor", f"{known['cpu']}, {known['cores']} cores usable, load {known['load']:.2f}"),
         ("vector", " ".join(flags) or "unknown"),
         ("compiler", known["compiler"] or "none"),
-        (
-            "kernels",
-            "built" if known["native_kernels"] else "not built: slower PyTorch twins; reinstall with a compiler",
-        ),
+        ("kernels", _kernels(known)),
         ("memory", f"{size(numbers['memory_available'])} available of {size(numbers['memory'])}"),
         ("disk", f"{size(numbers['disk_free'])} free here"),
         ("cache", f"{known['cache']}{'' if known['cache_writable'] else ' (not writable)'}"),

@@ -10,20 +10,15 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from headway.errors import ConfigError
+from headway.kernels.built import FORCED, files, levels
 
 _enabled = True
-
-
-FORCED = os.environ.get("HEADWAY_KERNELS", "")
-"""An instruction set to keep to, or `off`; without it the best one that the machine has."""
 
 
 @functools.cache
@@ -34,7 +29,7 @@ def library() -> ctypes.CDLL | None:
     """
     if FORCED == "off":
         return None
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+    for path in files():
         with contextlib.suppress(OSError):
             lib = ctypes.CDLL(str(path))
             if fits(lib):
@@ -44,9 +39,7 @@ def library() -> ctypes.CDLL | None:
 
 def _kept_to(lib: ctypes.CDLL) -> ctypes.CDLL:
     if not lib.hw_use_level(FORCED.encode()):
-        lib.hw_levels.restype = ctypes.c_char_p
-        there = ", ".join(lib.hw_levels().decode().split())
-        raise ConfigError("HEADWAY_KERNELS", repr(FORCED)[:80], f"off, {there}")
+        raise ConfigError("HEADWAY_KERNELS", repr(FORCED)[:80], ", ".join(["off", *levels(lib)]))
     return lib
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headway.kernels import built
 from headway.kernels.codes import ROWS, CodedMatrix, check_rows, product
-from headway.kernels.native import FORCED, library, usable
+from headway.kernels.native import library, usable
 
 
 class Matrix(ctypes.Structure):
@@ -95,17 +96,13 @@ QUERIES = 4  # that Attend takes together: the scratch of a thread is so many ti
 def levels() -> list[str]:
     """The instruction sets that the native kernels can use here, from the least; none where they were not built."""
     lib = library()
-    if lib is None:
-        return []
-    lib.hw_levels.restype = ctypes.c_char_p
-    names: bytes = lib.hw_levels()
-    return names.decode().split()
+    return [] if lib is None else built.levels(lib)
 
 
 def use_level(name: str = "") -> bool:
     """Use one of `levels` from now on, by default HEADWAY_KERNELS or the best. Returns whether it is there."""
     lib = library()
-    return lib is not None and bool(lib.hw_use_level((name or FORCED).encode()))
+    return lib is not None and bool(lib.hw_use_level((name or built.FORCED).encode()))
 
 
 def linear(x: Tensor, matrix: CodedMatrix, bias: Tensor | None = None, planes: int = 1) -> Tensor:
