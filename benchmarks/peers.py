@@ -1,9 +1,10 @@
 """Headway in codes beside its peers on this machine: rounds in which each takes its turn, medians, ratios.
 
-    python benchmarks/peers.py decode large prefill batch pair embed vision [--rounds 5] [--threads 2]
+    python benchmarks/peers.py decode far large prefill batch pair embed vision [--rounds 5] [--threads 2]
 
-decode, prefill, batch: SmolLM2-135M in Q8_0, Q4_0 and Q4_1 against llama.cpp's own loop (package xllamacpp), which
-reads the same files and tells its own times. large: Llama 3.2 1B's shape with SmolLM2's vocabulary, random weights in
+decode, far, prefill, batch: SmolLM2-135M in Q8_0, Q4_0 and Q4_1 against llama.cpp's own loop (package xllamacpp), which
+reads the same files and tells its own times, and with `--against llama.cpp,transformers,ctranslate2,openvino` others;
+far decodes after 1,800 tokens. large: Llama 3.2 1B's shape with SmolLM2's vocabulary, random weights in
 Q4_0, larger than any cache: every instruction set against llama.cpp and transformers. pair: an encoder-decoder of
 flan-t5-small's shape, random weights in INT8, against transformers in float32 and CTranslate2 in INT8 where that is
 installed. embed: all-MiniLM in INT8 against transformers in float32, sorted and batched as sentence-transformers does.
@@ -14,13 +15,9 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -36,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "real"))
 from real_data import minilm, smollm2, wikitext
 
 import headway
-from headway import saving
+from headway import peers, saving
 from headway.generation import GenerationOptions, generate
 from headway.nn import Transformer
 from headway.quantization.walk import SCHEMES, quantized
@@ -47,39 +44,10 @@ WRITTEN = 128  # tokens a run of decoding writes
 
 def in_turn(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
     """Each call's figure, once to warm up and then once a round in turn: medians, and lowest and highest."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            figure = call()
-            if round_:
-                found[name].append(figure)
-    rows = {
-        name: [round(x, 2) for x in (statistics.median(some), min(some), max(some))] for name, some in found.items()
-    }
+    rows = {name: [round(x, 2) for x in rate] for name, rate in peers.in_turn(calls, rounds, lambda _: None).items()}
     print(rows, flush=True)
     ours = rows["headway"][0]
     return {**rows, "ratios": {name: round(ours / row[0], 2) for name, row in rows.items() if name != "headway"}}
-
-
-class LlamaCpp:
-    """A GGUF file in llama.cpp, asked over its own server; the times are those that it tells."""
-
-    def __init__(self, path: Path, threads: int, rows: int = 1) -> None:
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_gpu_layers, params.n_parallel = str(path), 1024 * rows, 0, rows
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.verbosity = 0
-        self._server = xllamacpp.Server(params)
-        self.address = self._server.listening_address.split("//")[1]
-
-    def ask(self, ids: list[int], count: int) -> dict[str, float]:
-        line = http.client.HTTPConnection(self.address)
-        body = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-        line.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-        timings: dict[str, float] = json.loads(line.getresponse().read())["timings"]
-        return timings
 
 
 def gguf_files(folder: Path) -> dict[str, Path]:
@@ -98,35 +66,36 @@ def seconds(loaded: headway.Loaded, prompts: list[list[int]], count: int, beams:
     return clock(lambda: generate(loaded.model, loaded.words, prompts, options))
 
 
-def beside_llama_cpp(
-    args: argparse.Namespace,
-    folder: Path,
-    length: int,
-    ours: Callable[[headway.Loaded, list[int]], float],
-    theirs: Callable[[LlamaCpp, list[int]], float],
+def beside(
+    args: argparse.Namespace, what: str, path: Path, rows: int, length: int, new: int = WRITTEN
 ) -> dict[str, Any]:
-    """Both on each file, after a prompt of so many tokens."""
-    out = {}
-    for kind, path in gguf_files(folder).items():
-        loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
-        prompt = loaded.words.encode(wikitext("test")[:6000])[:length]
-        calls = {"headway": partial(ours, loaded, prompt), "llama.cpp": partial(theirs, peer, prompt)}
-        out[kind] = in_turn(calls, args.rounds)
-    return out
+    """Headway and whoever of `--against` is installed and does that, from one file, after real prompts."""
+    with tempfile.TemporaryDirectory() as place:
+        given = peers.Given(headway.load(path), Path(place), args.threads)
+        others, absent = peers.opened(args.against, what, given)
+        prompt = given.loaded.words.encode(wikitext("test")[:9000])[:length]
+        work = peers.Work([prompt] * rows, new)
+        everyone = {"headway": peers.Headway(given), **others}
+        calls = {name: partial(peers.rate, what, peer, work) for name, peer in everyone.items()}
+        return {**in_turn(calls, args.rounds), **({"absent": absent} if absent else {})}
 
 
 def decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    def ours(loaded: headway.Loaded, prompt: list[int]) -> float:
-        return (WRITTEN - 1) / (seconds(loaded, [prompt], WRITTEN) - seconds(loaded, [prompt], 1))
-
-    return beside_llama_cpp(args, folder, 16, ours, lambda peer, ids: peer.ask(ids, WRITTEN)["predicted_per_second"])
+    return {kind: beside(args, "decode", path, 1, 16) for kind, path in gguf_files(folder).items()}
 
 
 def prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    def ours(loaded: headway.Loaded, prompt: list[int]) -> float:
-        return len(prompt) / seconds(loaded, [prompt], 1)
+    return {kind: beside(args, "prefill", path, 1, 512, 1) for kind, path in gguf_files(folder).items()}
 
-    return beside_llama_cpp(args, folder, 512, ours, lambda peer, ids: peer.ask(ids, 1)["prompt_per_second"])
+
+def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens a second of all rows together."""
+    return {str(rows): beside(args, "batch", gguf_files(folder)["q8_0"], rows, 16) for rows in (4, 16, 64)}
+
+
+def far(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Decoding after 1,800 tokens, where keys and values weigh as much as the weights."""
+    return beside(args, "decode", gguf_files(folder)["q4_0"], 1, 1800)
 
 
 def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -148,7 +117,8 @@ def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             (folder / "large" / name).write_bytes((words / name).read_bytes())
     path = folder / "large.gguf"
     saving.save(headway.load(folder / "large"), path, "gguf", dtype="q4_0")
-    loaded, peer = headway.load(path), LlamaCpp(path, args.threads)
+    loaded = headway.load(path)
+    peer = peers.LlamaCpp(peers.Given(loaded, folder, args.threads))
     prompt = loaded.words.encode(wikitext("test")[:200])[:16]
     given = torch.tensor([prompt])
 
@@ -165,34 +135,13 @@ def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     int8 = torch.ao.quantization.quantize_dynamic(deepcopy(theirs), {torch.nn.Linear}, torch.qint8)
     calls = {"headway": partial(ours, ""), **{f"headway, {level}": partial(ours, level) for level in levels()}}
-    calls |= {"llama.cpp": lambda: peer.ask(prompt, count)["predicted_per_second"]}
+    calls |= {"llama.cpp": lambda: peer.writing(peers.Work([prompt], count))}
     calls |= {"transformers": partial(transformers, theirs), "transformers, int8": partial(transformers, int8)}
     calls |= {"memory, GB/s": lambda: memory_read() / 1e9}
     found = in_turn(calls, args.rounds)
     use_level("")
     read = path.stat().st_size / 1e9 * found["headway"][0]
     return {**found, "GB/s": round(read, 1), "share": round(read / found["memory, GB/s"][0], 2)}
-
-
-def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Tokens a second of all rows together; llama.cpp's slots are asked at once."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    path, out = gguf_files(folder)["q8_0"], {}
-    loaded = headway.load(path)
-    prompt = loaded.words.encode(wikitext("test")[:200])[:16]
-    for rows in (4, 16, 64):
-        peer = LlamaCpp(path, args.threads, rows)
-
-        def theirs() -> float:
-            with ThreadPoolExecutor(rows) as pool:  # noqa: B023
-                begin = time.perf_counter()
-                list(pool.map(lambda _: peer.ask(prompt, WRITTEN), range(rows)))  # noqa: B023
-            return rows * WRITTEN / (time.perf_counter() - begin)  # noqa: B023
-
-        calls = {"headway": lambda: rows * WRITTEN / seconds(loaded, [prompt] * rows, WRITTEN), "llama.cpp": theirs}  # noqa: B023
-        out[str(rows)] = in_turn(calls, args.rounds)
-    return out
 
 
 def pair(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -289,6 +238,7 @@ PARTS = {
     "decode": decode,
     "large": large,
     "prefill": prefill,
+    "far": far,
     "batch": batch,
     "pair": pair,
     "embed": embed,
@@ -300,9 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--rounds", type=int, default=5)
+    names = ",".join(peers.PEERS)
+    parser.add_argument("--against", default="llama.cpp", help=f"of {names}, as far as installed")
     parser.add_argument("--lines", type=int, default=200)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    args.against = [name for name in args.against.split(",") if name]
     torch.set_num_threads(args.threads)
     from headway.kernels.steps import levels
 

@@ -9,7 +9,7 @@ import torch
 from test_loading import published
 
 import headway
-from headway import saving
+from headway import peers, saving
 from headway.generation import speed
 from headway.machine import Probe
 
@@ -39,8 +39,60 @@ def test_for_people(command, model: Path) -> None:
     said = command("bench", "decode", model, "prompt-tokens=4", "new-tokens=4", "rounds=1")
     assert said.code == 0
     assert [line.split("  ")[0] for line in said.out.splitlines()] == [
-        "first token", "decode", "read", "memory", "load before, after",
+        "first token", "decode", "read", "a step reads", "memory", "load before, after",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "unit"), [("prefill", "tokens"), ("batch", "tokens"), ("embed", "texts")])
+def test_other_measures(command, model: Path, tmp_path: Path, what: str, unit: str) -> None:
+    (tmp_path / "texts.txt").write_text("a line\nanother one\n\nthe third\n")
+    words = ("--prompt-tokens", 8, "--new-tokens", 4, "--rounds", 3, "--texts", tmp_path / "texts.txt", "--json")
+    found = command("bench", what, model, *words).json
+    low, high = found["spread"]
+    assert found["what"] == what and 0 < low <= found[f"{unit}_per_second"] <= high
+    assert found["against"] == {} and found["peak_memory"] > 2**20
+    assert ("share_of_peak" in found) is (what != "batch")
+
+
+def test_without_texts_it_reads_docstrings(command, model: Path) -> None:
+    assert command("bench", "embed", model, "--rounds", 1, "--json").json["texts_per_second"] > 0
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill", "batch"])
+def test_beside_others(command, model: Path, tmp_path: Path, what: str) -> None:
+    """Real ones, as far as they are installed; a plot of the same figures."""
+    words = ("--prompt-tokens", 6, "--new-tokens", 5, "--rounds", 2, "--output", tmp_path / "plot.svg", "--json")
+    said = command("bench", what, model, "--against", "llama.cpp, transformers", *words)
+    found = said.json
+    assert list(found["against"]) == ["llama.cpp", "transformers"] and found["absent"] == {}
+    for other in found["against"].values():
+        assert 0 < other["low"] <= other["median"] <= other["high"]
+        assert other["ratio"] == pytest.approx(found["tokens_per_second"] / other["median"])
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f">{name}</text>" in drawn for name in ("headway", "llama.cpp", "transformers"))
+
+
+def test_who_is_not_there_is_not_asked(command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed, does something else, or cannot load the model, by its reason."""
+
+    class Broken(peers.Peer):
+        package = "headway"
+        does = peers.WRITING
+
+        def __init__(self, given: peers.Given) -> None:
+            raise KeyError("factor")
+
+    monkeypatch.setattr(peers.OpenVino, "package", "a_package_that_nobody_has")
+    monkeypatch.setitem(peers.PEERS, "ctranslate2", Broken)
+    words = ("--prompt-tokens", 4, "--new-tokens", 4, "--rounds", 1, "--json")
+    said = command("bench", "prefill", model, "--against", "openvino,ctranslate2", *words)
+    assert said.json["absent"] == {
+        "openvino": "is not installed (pip install a-package-that-nobody-has)",
+        "ctranslate2": "cannot load it: KeyError: 'factor'",
+    }
+    assert said.err.count("note: ") == 2
+    said = command("bench", "batch", model, "--against", "openvino", *words)
+    assert said.json["absent"] == {"openvino": "is not asked for batch here"}
 
 
 def test_what_a_step_reads(model: Path) -> None:
@@ -64,6 +116,8 @@ def test_what_a_step_reads(model: Path) -> None:
         (["decod", "x"], "did you mean 'decode'"),
         (["decode", "MODEL", "--new-tokens", "100000"], "together at most"),
         (["decode", "MODEL", "--dtype", "int3"], "stored, float32"),
+        (["decode", "MODEL", "--against", "lama.cpp"], "did you mean 'llama.cpp'"),
+        (["prefill", "MODEL", "--output", "plot.pdf"], ".svg or .png"),
     ],
 )
 def test_wrong_options(command, model: Path, words: list[str], part: str) -> None:

@@ -39,6 +39,11 @@ def read_texts(options: Options) -> list[str]:
         raise ConfigError("text", "none given", "texts", "--text 'a sentence', --input FILE, or pipe lines in")
     else:
         where, data = "stdin", sys.stdin.buffer.read()
+    return lines_of(where, data)
+
+
+def lines_of(where: str, data: bytes) -> list[str]:
+    """Lines of UTF-8, without their ends. Raises InputError."""
     try:
         return [line.removesuffix("\n") for line in io.StringIO(data.decode().removeprefix("\ufeff"), newline=None)]
     except UnicodeDecodeError as error:

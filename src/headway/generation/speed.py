@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from headway.config import ModelConfig
 from headway.errors import ConfigError
 from headway.generation.decode import generate
 from headway.generation.options import GenerationOptions
@@ -52,13 +53,10 @@ def measure(
 
     Raises ConfigError: lengths that do not fit the model.
     """
-    room = model.config.max_len
-    if new_tokens < 2 or prompt_tokens < 1 or prompt_tokens + new_tokens > room:
-        found = f"{prompt_tokens} and {new_tokens}"
-        raise ConfigError("--prompt-tokens and --new-tokens", found, f"at least 1 and 2, together at most {room}")
-    known = min(model.config.vocab_size, tokenizer.vocab_size)  # a table may have more rows than there are tokens
-    drawn = torch.randint(known, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    prompts = drawn.tolist()
+    if new_tokens < 2:
+        raise ConfigError("--new-tokens", str(new_tokens), "at least 2")
+    check_lengths(model.config, prompt_tokens, new_tokens)
+    prompts = drawn(model, tokenizer, batch, prompt_tokens)
 
     def seconds(tokens: int) -> float:
         options = GenerationOptions(max_tokens=tokens, min_tokens=tokens, temperature=0.0, batch_size=batch)
@@ -83,6 +81,20 @@ def measure(
         weight_bytes(model) + batch * length * _bytes_a_token(model),
         (min(rates), max(rates)),
     )
+
+
+def check_lengths(config: ModelConfig, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise ConfigError for lengths that do not fit the model."""
+    if min(prompt_tokens, new_tokens) < 1 or prompt_tokens + new_tokens > config.max_len:
+        found = f"{prompt_tokens} and {new_tokens}"
+        raise ConfigError("--prompt-tokens and --new-tokens", found, f"at least 1, together at most {config.max_len}")
+
+
+def drawn(model: Transformer, tokenizer: Tokenizer, rows: int, length: int) -> list[list[int]]:
+    """Random prompts, always the same."""
+    known = min(model.config.vocab_size, tokenizer.vocab_size)  # a table may have more rows than there are tokens
+    found: list[list[int]] = torch.randint(known, (rows, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return found
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,50 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def draw(series: Sequence[Series], title: str, x_label: str, y_label: str, *, log_x: bool = False) -> dict[str, bytes]:
-    """A chart as {"svg": ..., "png": ...}; the same data give the same bytes.
+    """A chart of lines as {"svg": ..., "png": ...}; the same data give the same bytes.
 
     Raises MachineError where matplotlib is missing.
     """
+
+    def fill(axes: Any) -> None:
+        for line in series:
+            x, y = zip(*line.points, strict=True) if line.points else ((), ())
+            style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.3} if line.faint else {"linewidth": 1.8}
+            axes.plot(x, y, color=line.color, marker="o" if line.dots else "", markersize=4, label=line.name, **style)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+        axes.grid(alpha=0.25)
+        if any(line.name for line in series):
+            axes.legend(frameon=False)
+
+    return _rendered(title, 4.4, fill)
+
+
+def bars(values: Mapping[str, tuple[float, float, float]], title: str, label: str) -> dict[str, bytes]:
+    """A bar for each name, (its length, from, to), with the range as a whisker; the first one is ours.
+
+    Raises MachineError where matplotlib is missing.
+    """
+
+    def fill(axes: Any) -> None:
+        places = range(len(values))
+        middle, low, high = zip(*values.values(), strict=True)
+        ranges = ([m - x for m, x in zip(middle, low, strict=True)], [y - m for m, y in zip(middle, high, strict=True)])
+        axes.barh(places, middle, 0.6, color=[BLUE, *["#9aa5b1"] * (len(values) - 1)])
+        axes.errorbar(middle, places, xerr=ranges, fmt="none", ecolor="#333333", elinewidth=1, capsize=3)
+        for place, most, m in zip(places, high, middle, strict=True):
+            axes.annotate(
+                f"{m:,.0f}" if m >= 100 else f"{m:.1f}", (most, place), (6, 0), textcoords="offset points", va="center"
+            )
+        axes.set(title=title, xlabel=label, yticks=list(places), yticklabels=list(values), xlim=(0, max(high) * 1.12))
+        axes.invert_yaxis()
+        axes.grid(alpha=0.25, axis="x")
+        axes.set_axisbelow(True)
+
+    return _rendered(title, 1.4 + 0.5 * len(values), fill)
+
+
+def _rendered(title: str, height: float, fill: Callable[[Any], None]) -> dict[str, bytes]:
+    """What `fill` draws, in both forms."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -50,17 +90,10 @@ def draw(series: Sequence[Series], title: str, x_label: str, y_label: str, *, lo
     out = {}
     # Identifiers inside an SVG are random unless salted; its creation date is left out below.
     with rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.size": 10}):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        figure = Figure(figsize=(7.6, height), layout="constrained")
         axes = figure.subplots()
-        for line in series:
-            x, y = zip(*line.points, strict=True) if line.points else ((), ())
-            style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.3} if line.faint else {"linewidth": 1.8}
-            axes.plot(x, y, color=line.color, marker="o" if line.dots else "", markersize=4, label=line.name, **style)
-        axes.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
-        axes.grid(alpha=0.25)
+        fill(axes)
         axes.spines[["top", "right"]].set_visible(False)
-        if any(line.name for line in series):
-            axes.legend(frameon=False)
         for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
