@@ -125,6 +125,7 @@ OPTION_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     (("beams", "stop"), {"beams": 2, "stop": ["."]}),
     (("beams", "logprobs"), {"beams": 2, "logprobs": 1}),
     (("beams", "lookup"), {"beams": 2, "lookup": 3}),
+    (("beams", "context_shift"), {"beams": 2, "context_shift": True}),
     (("length_penalty", "beams"), {"length_penalty": 0.5}),
     (("length_penalty", "beams"), {"early_stopping": True}),
 ]

@@ -114,6 +114,35 @@ def test_a_prompt_in_parts_is_the_prompt(name: str, monkeypatch: pytest.MonkeyPa
             assert torch.allclose(logits, found[512, True], rtol=0, atol=1e-10), place
 
 
+@pytest.mark.parametrize("name", ["rope", "learned", "alibi", "rope-dynamic", "sliding"])
+def test_a_text_goes_on_where_the_context_is_full(name: str) -> None:
+    """Each time as if its first tokens and its end had been the prompt; with neighbours or without, guessing or not."""
+    model, context, sinks = toy_model(**VARIANTS[name]), 64, 3
+    prompts = [[7, 8, 9, 10, 11], [5] * 30, list(range(60))]
+    options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "context_shift": True, "sinks": sinks}
+    found = run(model, prompts, max_tokens=150, **options)
+    same(found, [run(model, [prompt], max_tokens=150, **options)[0] for prompt in prompts])
+    same(found[:1], run(model, prompts[:1], max_tokens=150, lookup=3, **options))
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert len(answer.token_ids) == 150 and answer.finish_reason == "length"
+        ids, left, known = prompt, 150, list[int]()
+        while left:
+            # Lengths that angles depend on are those of the whole: as many tokens are asked for, and fewer used.
+            more = {"context_shift": name == "rope-dynamic", "max_tokens": left}
+            part = run(model, [ids], **{**options, **more})[0].token_ids[: context - len(ids)]
+            known, left, ids = known + part, left - len(part), [*ids, *part]
+            ids = ids[:sinks] + ids[-(context // 2 - sinks) :]
+        assert answer.token_ids == known
+
+
+def test_a_context_that_cannot_shift() -> None:
+    options = GenerationOptions(context_shift=True)
+    with pytest.raises(ConfigError, match="context_shift"):
+        generate(toy_model(**VARIANTS["pair"]), byte_tokenizer(), "x", options)
+    with pytest.raises(ConfigError, match="memory"):
+        generate(toy_model(), byte_tokenizer(), "x", options, memory=session.Memory())
+
+
 @pytest.mark.parametrize("name", ["rope", "sliding", "pair", "grouped"])
 @pytest.mark.parametrize("kv_dtype,most", [("float16", 1e-2), ("int8", 0.3)])
 def test_keys_in_fewer_bits_move_the_logits_a_little(name: str, kv_dtype: str, most: float) -> None:

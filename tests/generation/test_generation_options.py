@@ -89,6 +89,7 @@ BROKEN: dict[tuple[str, str], dict[str, object]] = {
     ("beams", "stop"): {"beams": 4, "stop": "x"},
     ("beams", "logprobs"): {"beams": 4, "logprobs": 0},
     ("beams", "lookup"): {"beams": 4, "lookup": 3},
+    ("beams", "context_shift"): {"beams": 4, "context_shift": True},
     ("length_penalty", "beams"): {"length_penalty": 2.0},
 }
 

@@ -54,6 +54,10 @@ class Options(Common):
         None
     )
     draft_tokens: Annotated[int | None, typer.Option(help="Tokens it guesses at a time [4].")] = None
+    context_shift: Annotated[
+        bool | None, typer.Option("--context-shift", help="Go on where the context is full, with the text's end.")
+    ] = None
+    sinks: Annotated[int | None, typer.Option(help="First tokens that such a text keeps [4].")] = None
     kv_dtype: Annotated[str | None, typer.Option(help="Keep keys and values as model, float16 or int8 [auto].")] = None
     beams: Annotated[int | None, typer.Option(help="Beam search with so many hypotheses [1].")] = None
     length_penalty: Annotated[float | None, typer.Option(help="Beam score = log-probability / length ** this [1].")] = (

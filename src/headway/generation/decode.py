@@ -19,7 +19,7 @@ from headway.errors import ConfigError, HeadwayError, InputError
 from headway.generation.beam import search
 from headway.generation.guessing import Draft, Guesser, Guessing, Lookup
 from headway.generation.options import GenerationOptions
-from headway.generation.prompts import Prompt, PromptLike, check_can_generate, end_ids, prepare
+from headway.generation.prompts import Prompt, PromptLike, check_can_generate, end_ids, prepare, shifted
 from headway.generation.result import FinishReason, Generation, TokenLogprob, finite, nonfinite
 from headway.generation.sampling import Sampler
 from headway.generation.session import Memory, Session, inference
@@ -71,8 +71,12 @@ def generate(
     ends = end_ids(model.config, tokenizer, options)
     options.check_vocabulary(vocab, ends)
     ready = _prepare_all(prompts, model, tokenizer, options)
-    if memory is not None and (len(ready) > 1 or options.n > 1 or options.beams > 1 or options.echo):
-        raise ConfigError("memory", "several sequences, or an echo", "one prompt, n=1, beams=1, echo=false")
+    is_plain = len(ready) == options.n == options.beams == 1 and not (options.echo or options.context_shift)
+    if memory is not None and not is_plain:
+        found = "several sequences, an echo, or a context that shifts"
+        raise ConfigError("memory", found, "one prompt, n=1, beams=1, echo=false, context_shift=false")
+    if options.context_shift and model.is_pair:
+        raise ConfigError("context_shift", "an encoder-decoder, whose answers end with its context", "a decoder")
     results: list[Generation] = []
     with inference(model):
         if options.beams > 1:
@@ -117,10 +121,21 @@ class _Sequence:
     def __init__(self, number: int, sample: int, prompt: Prompt, seed: int, stream: TextStream) -> None:
         self.number, self.sample, self.prompt, self.seed = number, sample, prompt, seed
         self.stream, self.ids = stream, list[int]()
+        self.read = (prompt, 0)  # what the cache began with, and how many of the ids are in that
         self.logprobs: list[TokenLogprob] = []
         self.reason: FinishReason | None = None
         self.error: HeadwayError | None = None
         self.seconds = 0.0
+
+    @property
+    def said(self) -> list[int]:
+        """The ids behind what the cache began with."""
+        return self.ids[self.read[1] :]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context that it fills."""
+        return len(self.read[0].ids) + len(self.ids) - self.read[1]
 
     def take(self, token_id: int, ends: frozenset[int], min_tokens: int) -> str:
         """Append a token; returns the text that is now certain."""
@@ -161,6 +176,7 @@ class _Batch:
     ) -> None:
         self.started = time.perf_counter()
         self.options, self.ends, self.on_text, self.is_pair = options, ends, on_text, model.is_pair
+        self.context = model.config.max_len
         vocab = min(model.config.vocab_size, tokenizer.vocab_size)
         self.prompts = [prompt for _, prompt in group]
         self.session, self.draft = Session(model, self.prompts, vocab, memory, options.kv_dtype), draft
@@ -190,10 +206,7 @@ class _Batch:
             rows = torch.arange(len(self.prompts), device=logits.device).repeat_interleave(self.options.n)
             self.session.reorder(rows)
             logits = logits[rows]
-        active, read = self.sequences, self.session.next
-        if (guesser := self._guesser()) is not None:
-            width = self.options.lookup if self.draft is None else self.options.draft_tokens
-            read = Guessing(self.session, guesser, width).next_of
+        active, read = self.sequences, self._reader()
         while True:
             ids = self.sampler.choose(logits)
             chosen = ids.tolist()
@@ -209,7 +222,30 @@ class _Batch:
                 self.session.reorder(rows)
                 self.sampler.reorder(rows)
                 active, ids = [active[place] for place in kept], ids[rows]
-            logits = read(ids)
+            if self.options.context_shift and any(sequence.length >= self.context for sequence in active):
+                logits = self._shift(active)
+                read = self._reader()
+            else:
+                logits = read(ids)
+
+    def _reader(self) -> Callable[[Tensor], Tensor]:
+        """What reads the next tokens: the session, or somebody who guesses ahead in it."""
+        guesser = self._guesser()
+        if guesser is None:
+            return self.session.next
+        width = self.options.lookup if self.draft is None else self.options.draft_tokens
+        return Guessing(self.session, guesser, width).next_of
+
+    def _shift(self, active: Sequence[_Sequence]) -> Tensor:
+        """Begin anew with what is left of each text: the logits behind it."""
+        model, vocab = self.session.model, self.session.vocab
+        self.prompts = [
+            shifted(sequence.read[0], sequence.said, self.context, self.options.sinks) for sequence in active
+        ]
+        for sequence, prompt in zip(active, self.prompts, strict=True):
+            sequence.read = (prompt, len(sequence.ids))
+        self.session = Session(model, self.prompts, vocab, kv_dtype=self.options.kv_dtype)
+        return self.session.last(self.session.prefill())
 
     def _guesser(self) -> Guesser | None:
         """Who guesses what this text goes on with."""

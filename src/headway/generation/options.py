@@ -88,6 +88,13 @@ OPTION_RULES: tuple[Rule, ...] = (
         lambda o: "lookup=0",
     ),
     Rule(
+        ("beams", "context_shift"),
+        lambda o: o.beams > 1 and o.context_shift,
+        lambda o: f"{o.beams} beams with context_shift, which goes on with one text",
+        "one beam",
+        lambda o: "context_shift=false",
+    ),
+    Rule(
         ("length_penalty", "beams"),
         lambda o: o.beams == 1 and bool({"length_penalty", "early_stopping"} & o.model_fields_set),
         lambda o: "length_penalty or early_stopping without a beam search",
@@ -103,13 +110,16 @@ class GenerationOptions(Checked):
     Order of work on the logits: repetition, presence and frequency penalties, logit_bias, the ban on stopping before
     `min_tokens`, temperature, top_k, top_p, min_p, typical_p. At least one candidate always remains.
 
-    Length: max_tokens, min_tokens (0): new tokens; the text also ends where the model's context does.
+    Length: max_tokens, min_tokens (0): new tokens; the text also ends where the model's context does, but for
+    context_shift.
     Choice: temperature 0 takes the most likely token (so does any below 1e-5). top_k (0), top_p (1.0,
     arXiv:1904.09751; 0 keeps one candidate), min_p (0.0, arXiv:2407.01082), typical_p (1.0, arXiv:2202.00666).
     repetition_penalty (1.0) divides positive and multiplies negative logits of every token of prompt and
     continuation (arXiv:1909.05858); presence_penalty and frequency_penalty (0.0) are subtracted once, and once per
     occurrence, for tokens of the continuation (OpenAI's API). logit_bias ({}) is added per token id.
     Ending: stop strings (at most 16; cut off the text), stop_ids (besides the end token), ignore_eos.
+    context_shift lets a text go on where the context is full: its first `sinks` (4) tokens and its end, half of the
+    context together, are read again as the beginning of a new one.
     Samples: n continuations per prompt; seed None draws a fresh one, and the result says which.
     Report: logprobs k gives the chosen token's log-probability and the k best, of the model's own distribution
     before any option, so that they stay finite; echo puts the prompt in front.
@@ -154,6 +164,8 @@ class GenerationOptions(Checked):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
     lookup: Annotated[int, Field(ge=0, le=64)] = 0
     draft_tokens: Annotated[int, Field(ge=1, le=64)] = 4
+    context_shift: bool = False
+    sinks: Annotated[int, Field(ge=0, lt=2**31)] = 4
     kv_dtype: Literal["auto", "model", "float16", "int8"] = "auto"
 
     rules: ClassVar = OPTION_RULES

@@ -27,6 +27,16 @@ class Prompt:
     at_start: bool = False
 
 
+def shifted(prompt: Prompt, said: list[int], context: int, sinks: int) -> Prompt:
+    """What is read again where a text has filled its context: its first tokens, on which attention rests
+    (arXiv:2309.17453), and its end, half of the context in all. A text that has room is read as it is."""
+    ids, half = [*prompt.ids, *said], max(context // 2, 1)
+    if len(ids) >= context:
+        first = min(sinks, half - 1)
+        ids = ids[:first] + ids[len(ids) - half + first :]
+    return Prompt(ids, "", prompt.room - len(said))
+
+
 def check_can_generate(config: ModelConfig) -> None:
     """Raise ConfigError for a model that does not write text, saying what it is for."""
     if config.kind in ("encoder", "vision"):
@@ -119,5 +129,7 @@ def _fit(prompt: Prompt, where: str, config: ModelConfig, options: GenerationOpt
         head = ids[:1] if options.add_bos and kept > 1 else []
         dropped = len(ids) - kept
         ids = head + ids[len(ids) - kept + len(head) :]
-    room = min(options.max_tokens, context if is_pair else context - len(ids))
+    room = (
+        options.max_tokens if options.context_shift else min(options.max_tokens, context - (0 if is_pair else len(ids)))
+    )
     return Prompt(ids, prompt.text, room, dropped, prompt.at_start)

@@ -124,7 +124,8 @@ class Session:
             self.cache = self._memory.cache(model, prompts[0], dtype)
             self._ids = self._ids[:, self._memory.reused :]
             return
-        used = [prompt.room + (0 if model.is_pair else len(prompt.ids)) for prompt in prompts]
+        longest = model.config.max_len
+        used = [min(prompt.room + (0 if model.is_pair else len(prompt.ids)), longest) for prompt in prompts]
         # Rows declare the length they are meant to reach: RoPE scalings that depend on it must not see the neighbours.
         self.cache = model.new_cache(len(prompts), max(used), torch.tensor(used, device=self.device), dtype)
 
