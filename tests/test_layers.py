@@ -25,7 +25,19 @@ ROOT = {
     "protobuf",
     "__init__",
 }
-TOP = {"api", "assess", "launch", "loading", "material", "prepare", "signals", "runtimes", "saving", "__main__"}
+TOP = {
+    "api",
+    "assess",
+    "launch",
+    "loading",
+    "material",
+    "peers",
+    "prepare",
+    "signals",
+    "runtimes",
+    "saving",
+    "__main__",
+}
 # kernels come first: they are operations on tensors, know no module, and nn calls them.
 ORDER = (
     *("kernels", "nn", "families", "checkpoints", "text", "data", "training", "tuning"),

@@ -18,7 +18,6 @@ from headway import __version__, machine
 from headway.cli.options import Common, by_name
 from headway.cli.output import Printer, duration, size
 from headway.files import free_space
-from headway.kernels import built
 
 if TYPE_CHECKING:
     from headway.machine import Choice, Probe
@@ -51,6 +50,8 @@ def _version(package: str) -> str | None:
 
 def facts() -> dict[str, object]:
     """Versions, processor, compiler, memory (bytes), disk (bytes), folders. Imports nothing heavy."""
+    from headway.kernels import built
+
     total, available = machine.memory()
     cache = machine.cache_folder()
     return {
@@ -93,6 +94,8 @@ def run(options: Options) -> None:
 
 def _levels() -> list[str]:
     """The instruction sets that the kernels can use here."""
+    from headway.kernels import built
+
     for path in built.files():
         with contextlib.suppress(OSError, AttributeError):  # of another machine, or of an older build
             return built.levels(ctypes.CDLL(str(path)))
@@ -101,6 +104,8 @@ def _levels() -> list[str]:
 
 def _kernels(known: dict[str, object]) -> str:
     """What runs the products of weights in codes."""
+    from headway.kernels import built
+
     levels = known["kernel_levels"]
     assert isinstance(levels, list)
     if not known["native_kernels"]:
