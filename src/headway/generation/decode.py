@@ -80,12 +80,7 @@ def generate(
     results: list[Generation] = []
     with inference(model):
         if options.beams > 1:
-            for number, prompt in enumerate(ready):
-                session = Session(model, [prompt], vocab, kv_dtype=options.kv_dtype)
-                results += search(session, tokenizer, prompt, number, options, ends)
-            for place, result in enumerate(results):
-                if on_text is not None and result.text:
-                    on_text(place, result.text)
+            results = _searched(model, tokenizer, ready, options, ends, on_text)
         else:
             numbered = list(enumerate(ready))
             size = max(options.batch_size // options.n, 1)
@@ -94,6 +89,26 @@ def generate(
                 results += _Batch(model, tokenizer, group, options, ends, on_text, memory, draft).run()
     if on_error == "raise":
         raise_failed(results)
+    return results
+
+
+def _searched(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    ready: Sequence[Prompt],
+    options: GenerationOptions,
+    ends: frozenset[int],
+    on_text: OnText | None,
+) -> list[Generation]:
+    """The best beams of each prompt."""
+    results: list[Generation] = []
+    vocab = min(model.config.vocab_size, tokenizer.vocab_size)
+    for number, prompt in enumerate(ready):
+        session = Session(model, [prompt], vocab, kv_dtype=options.kv_dtype)
+        results += search(session, tokenizer, prompt, number, options, ends)
+    for place, result in enumerate(results):
+        if on_text is not None and result.text:
+            on_text(place, result.text)
     return results
 
 
