@@ -314,6 +314,7 @@ def foretell(plan: Plan) -> Forecast:
     clock = partial(time_step, device=_device(run.train.device), trial=made.trial, teacher=made.teacher)
     rows = math.ceil(made.facts.rows_of_batch(run.train) / run.train.accumulation) * run.train.accumulation
     train = run.train.model_copy(update={"batch_size": rows})
+
     return forecast(plan.model, train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
