@@ -7,6 +7,7 @@ the sizes, the config. `resume` starts from the run folder's own config.yaml.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -314,7 +315,7 @@ def foretell(plan: Plan) -> Forecast:
     clock = partial(time_step, device=_device(run.train.device), trial=made.trial, teacher=made.teacher)
     rows = math.ceil(made.facts.rows_of_batch(run.train) / run.train.accumulation) * run.train.accumulation
     train = run.train.model_copy(update={"batch_size": rows})
-
+    importlib.import_module("torch._dynamo")  # as torch's first optimizer does: some 100 MB that are not here yet
     return forecast(plan.model, train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
 
 
