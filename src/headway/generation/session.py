@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from headway.generation.prompts import Prompt
+from headway.nn import packed
 from headway.nn.cache import Cache
 from headway.nn.model import Transformer
-from headway.nn.packed import PackedLinear
 
 
 @contextlib.contextmanager
@@ -73,10 +73,12 @@ class Memory:
 def kv_dtype_of(model: Transformer, name: str) -> torch.dtype | None:
     """What keys and values are kept in; None for the model's own dtype.
 
-    auto: half floats beside weights in codes, whose inputs have 8 bits; what the model computes in otherwise.
+    auto: half floats beside weights in codes as long as their inputs are rounded to 8 bits; what the model computes in
+    otherwise.
     """
     if name == "auto":
-        name = "float16" if any(isinstance(part, PackedLinear) for part in model.modules()) else "model"
+        is_rounded = packed.planes() == 1 and any(isinstance(part, packed.PackedLinear) for part in model.modules())
+        name = "float16" if is_rounded else "model"
     return _KV_DTYPES[name]
 
 
