@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def _made(
     small = rounded(scheme, method)
     to = options.to
 
+    @functools.cache  # the mixture that was found has been measured
     def measured(model: Transformer) -> dict[str, Interval]:
         return compare(loaded.model, model, last, lambda done: display(Phase("measuring", done, len(last))))
 
