@@ -90,7 +90,7 @@ def prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens a second of all rows together."""
-    return {str(rows): beside(args, "batch", gguf_files(folder)["q8_0"], rows, 16) for rows in (4, 16, 64)}
+    return {str(rows): beside(args, "batch", gguf_files(folder)["q8_0"], rows, 16, 64) for rows in (4, 16, 64)}
 
 
 def far(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -247,7 +247,10 @@ class OpenVino(Peer):
         super().__init__(given)
         self._openvino = _module("openvino")
         self._library = _module(self.package)
-        self._pipe = self._library.LLMPipeline(str(given.gguf), "CPU", INFERENCE_NUM_THREADS=given.threads)
+        how = self._library.SchedulerConfig()
+        how.enable_prefix_caching = False  # else a prompt that was asked before is not read again
+        options = {"INFERENCE_NUM_THREADS": given.threads, "scheduler_config": how}
+        self._pipe = self._library.LLMPipeline(str(given.gguf), "CPU", **options)
 
     def write(self, work: Work) -> float:
         """Of one prompt, greedily."""
