@@ -229,16 +229,47 @@ def bm25(contexts: list[str], queries: list[str]) -> Any:
     return np.stack([index.get_scores(words) for words in asked])
 
 
+def sides_of_squad() -> tuple[list[str], dict[str, int], list[dict[str, Any]], list[dict[str, Any]]]:
+    """All contexts, their numbers, and the rows of every other context: to learn from, to ask."""
+    rows = squad()
+    contexts = sorted({row["context"] for row in rows})
+    place = {context: number for number, context in enumerate(contexts)}
+    known, asked = ([row for row in rows if place[row["context"]] % 2 == side] for side in (0, 1))
+    return contexts, place, known, asked
+
+
+def coded_retrieval(options: argparse.Namespace) -> dict[str, Any]:
+    """What INT8 costs all-MiniLM on the questions that `retrieval` asks."""
+    from dataclasses import replace
+
+    from headway.evaluation import mrr, recall_at_k
+    from headway.evaluation.embed import embed
+    from headway.evaluation.interval import mean_of
+    from headway.quantization.walk import SCHEMES, quantized
+
+    contexts, place, _, asked = sides_of_squad()
+    queries, relevant = [row["question"] for row in asked], [place[row["context"]] for row in asked]
+    plain = headway.load(minilm())
+    models = {"float32": plain, "INT8": replace(plain, model=quantized(plain.model, SCHEMES["int8"], "round"))}
+    found = {}
+    for name, loaded in models.items():
+        documents, asks = (embed(loaded.model, loaded.words, texts) for texts in (contexts, queries))
+        found[name] = ranks(asks @ documents.T, relevant)
+    out: dict[str, Any] = {"contexts": len(contexts), "queries": len(queries)}
+    for name, some in found.items():
+        out[name] = figures([recall_at_k(some, 1), recall_at_k(some, 10), mrr(some)])
+    gain = [float(a <= 10) - float(b <= 10) for a, b in zip(found["INT8"], found["float32"], strict=True)]
+    out["recall@10 over float32"] = mean_of("gain", "gain|units:queries", gain, 0).interval._asdict()
+    return out
+
+
 def retrieval(options: argparse.Namespace) -> dict[str, Any]:
     """Questions of every other context are asked, of all contexts; the others' pairs fine-tune."""
     from headway.evaluation import mrr, recall_at_k
     from headway.evaluation.embed import embed
     from headway.evaluation.interval import mean_of
 
-    rows = squad()
-    contexts = sorted({row["context"] for row in rows})
-    place = {context: number for number, context in enumerate(contexts)}
-    known, asked = ([row for row in rows if place[row["context"]] % 2 == side] for side in (0, 1))
+    contexts, place, known, asked = sides_of_squad()
     path = options.folder / "retrieval.jsonl"
     pairs = [{"source": row["question"], "target": row["context"]} for row in known]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -393,6 +424,7 @@ def main() -> None:
         "dna": dna,
         "spans": spans,
         "retrieval": retrieval,
+        "coded retrieval": coded_retrieval,
         "pretraining": pretraining,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
