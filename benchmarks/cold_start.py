@@ -5,7 +5,7 @@
 Time: a new Python that loads the model and writes one token, in float32 and in the file's codes, against one that
 imports torch alone. Memory: the peak beyond what importing torch takes, over the file's size while blocks stay packed,
 over the size in float32 when they are unpacked; and the peak of writing 64 tokens from Q8_0, beside llama.cpp's
-(xllamacpp) with the same file. Each process tells its own peak (ru_maxrss). The last line is JSON.
+(xllamacpp) with the same file. Each process tells its own peak (VmHWM). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ sys.path.insert(0, str(ROOT / "tests" / "real"))
 
 from real_data import smollm2  # noqa: E402
 
-import headway  # noqa: E402
-from headway import saving  # noqa: E402
-
-PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+# Not ru_maxrss, which begins with the peak of the process that started this one.
+PEAK = "print(next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) * 1024)"
 TORCH = f"import torch; {PEAK}"
 FIRST = """
 import torch, headway
 loaded = headway.load({path!r}, dtype={dtype})
 print(headway.generate(loaded, "The capital of France is", max_tokens=1, temperature=0.0)[0].text)
+"""
+CODE = """
+import headway
+from headway import saving
+saving.save(headway.load({path!r}, dtype="float32"), {coded!r}, "gguf", dtype="q8_0")
 """
 WRITE = """
 import headway
@@ -80,7 +83,7 @@ def main() -> None:
         memory[dtype] = round((peak - base) / unit, 3)
     with tempfile.TemporaryDirectory() as folder:
         coded = Path(folder) / "q8_0.gguf"
-        saving.save(headway.load(path, dtype="float32"), coded, "gguf", dtype="q8_0")
+        timed(CODE.format(path=path, coded=str(coded)))
         writers = {"headway": WRITE, "llama.cpp": LLAMA_CPP}
         peaks = {name: int(timed(code.format(path=str(coded)) + PEAK)[1][-2]) for name, code in writers.items()}
     report(
