@@ -126,9 +126,9 @@ def generate(
     if loaded.tokenizer is None:
         raise InputError(str(loaded.path), "no tokenizer", "tokenizer.json beside the weights")
     if draft is not None:
-        _check_tokens(loaded.words, draft)
+        _check_tokens(loaded.tokenizer, draft)
     helper = None if draft is None else draft.model
-    return decode(loaded.model, loaded.words, prompts, GenerationOptions(**options), on_text, draft=helper)
+    return decode(loaded.model, loaded.tokenizer, prompts, GenerationOptions(**options), on_text, draft=helper)
 
 
 def _check_tokens(words: Tokenizer, draft: Loaded) -> None:

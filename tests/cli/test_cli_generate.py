@@ -68,6 +68,13 @@ def test_a_draft_and_keys_in_codes(command, trained, tmp_path):
         )
 
 
+def test_a_model_and_a_tokenizer_are_enough(trained):
+    loaded = headway.load(trained)
+    given = SimpleNamespace(model=loaded.model, tokenizer=loaded.tokenizer)
+    how = {"max_tokens": 4, "temperature": 0.0}
+    assert headway.generate(given, "the", **how)[0].text == headway.generate(loaded, "the", **how)[0].text
+
+
 def test_beams(command, trained):
     said = command("generate", trained, "-p", "the", "--beams", 3, "--n", 2, "--max-tokens", 3, "--json")
     scores = [choice["score"] for choice in said.json["choices"]]
