@@ -188,30 +188,15 @@ def ctranslate2_of(folder: Path, threads: int) -> Any:
 
 
 def embed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer, BertModel
-
     lines = [line for line in wikitext("test").splitlines() if line.strip()][: args.lines]
     loaded = headway.load(minilm())
     ours = replace(loaded, model=quantized(loaded.model, SCHEMES["int8"], "round"))
-    words, model = AutoTokenizer.from_pretrained(minilm()), BertModel.from_pretrained(minilm()).eval()
-
-    @torch.no_grad()
-    def theirs() -> torch.Tensor:
-        order = sorted(range(len(lines)), key=lambda i: -len(lines[i]))
-        out = torch.empty(len(lines), 384)
-        for start in range(0, len(order), 32):
-            some = order[start : start + 32]
-            given = words([lines[i] for i in some], padding=True, truncation=True, max_length=256, return_tensors="pt")
-            real = given["attention_mask"][..., None]
-            states = (model(**given).last_hidden_state * real).sum(1) / real.sum(1)
-            out[some] = torch.nn.functional.normalize(states, dim=-1)
-        return out
-
-    cosine = (headway.embed(ours, lines) * theirs()).sum(1)
+    theirs = peers.Transformers(peers.Given(loaded, folder, args.threads))
+    cosine = (headway.embed(ours, lines) * theirs.embeddings(lines)).sum(1)
     calls = {
         "headway": lambda: len(lines) / clock(lambda: headway.embed(ours, lines)),
         "headway, float32": lambda: len(lines) / clock(lambda: headway.embed(loaded, lines)),
-        "transformers": lambda: len(lines) / clock(theirs),
+        "transformers": lambda: len(lines) / theirs.vectors(lines),
     }
     return {**in_turn(calls, args.rounds), "cosine": [round(float(x), 4) for x in (cosine.mean(), cosine.min())]}
 

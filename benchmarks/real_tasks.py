@@ -25,7 +25,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,37 +238,40 @@ def sides_of_squad() -> tuple[list[str], dict[str, int], list[dict[str, Any]], l
     return contexts, place, known, asked
 
 
+def asked_of(scores: Mapping[str, torch.Tensor], relevant: list[int], base: str) -> dict[str, Any]:
+    """Of each table of scores (queries, contexts): recall, reciprocal rank, and what it gains over one of them."""
+    from headway.evaluation import mrr, recall_at_k
+    from headway.evaluation.interval import mean_of
+
+    found, out = {name: ranks(value, relevant) for name, value in scores.items()}, {}
+    for name, some in found.items():
+        out[name] = figures([recall_at_k(some, 1), recall_at_k(some, 10), mrr(some)])
+        gain = [float(a <= 10) - float(b <= 10) for a, b in zip(some, found[base], strict=True)]
+        out[name][f"recall@10 over {base}"] = mean_of("gain", "gain|units:queries", gain, 0).interval._asdict()
+    return out
+
+
+def scored(loaded: headway.Loaded, queries: list[str], contexts: list[str]) -> torch.Tensor:
+    """Cosines (queries, contexts)."""
+    return headway.embed(loaded, queries) @ headway.embed(loaded, contexts).T
+
+
 def coded_retrieval(options: argparse.Namespace) -> dict[str, Any]:
     """What INT8 costs all-MiniLM on the questions that `retrieval` asks."""
     from dataclasses import replace
 
-    from headway.evaluation import mrr, recall_at_k
-    from headway.evaluation.embed import embed
-    from headway.evaluation.interval import mean_of
     from headway.quantization.walk import SCHEMES, quantized
 
     contexts, place, _, asked = sides_of_squad()
     queries, relevant = [row["question"] for row in asked], [place[row["context"]] for row in asked]
     plain = headway.load(minilm())
     models = {"float32": plain, "INT8": replace(plain, model=quantized(plain.model, SCHEMES["int8"], "round"))}
-    found = {}
-    for name, loaded in models.items():
-        documents, asks = (embed(loaded.model, loaded.words, texts) for texts in (contexts, queries))
-        found[name] = ranks(asks @ documents.T, relevant)
-    out: dict[str, Any] = {"contexts": len(contexts), "queries": len(queries)}
-    for name, some in found.items():
-        out[name] = figures([recall_at_k(some, 1), recall_at_k(some, 10), mrr(some)])
-    gain = [float(a <= 10) - float(b <= 10) for a, b in zip(found["INT8"], found["float32"], strict=True)]
-    out["recall@10 over float32"] = mean_of("gain", "gain|units:queries", gain, 0).interval._asdict()
-    return out
+    scores = {name: scored(loaded, queries, contexts) for name, loaded in models.items()}
+    return {"contexts": len(contexts), "queries": len(queries), **asked_of(scores, relevant, "float32")}
 
 
 def retrieval(options: argparse.Namespace) -> dict[str, Any]:
     """Questions of every other context are asked, of all contexts; the others' pairs fine-tune."""
-    from headway.evaluation import mrr, recall_at_k
-    from headway.evaluation.embed import embed
-    from headway.evaluation.interval import mean_of
-
     contexts, place, known, asked = sides_of_squad()
     path = options.folder / "retrieval.jsonl"
     pairs = [{"source": row["question"], "target": row["context"]} for row in known]
@@ -281,17 +284,11 @@ def retrieval(options: argparse.Namespace) -> dict[str, Any]:
         train={"seed": options.seed, "epochs": 2.0, "lr": 2e-5, "batch_size": 32},
     )
     queries, relevant = [row["question"] for row in asked], [place[row["context"]] for row in asked]
+    models = {"all-MiniLM": headway.load(minilm()), "fine-tuned": tuned}
     scores = {"BM25": bm25(contexts, queries)}
-    for name, loaded in (("all-MiniLM", headway.load(minilm())), ("fine-tuned", tuned)):
-        documents, questions_ = (embed(loaded.model.eval(), loaded.words, texts) for texts in (contexts, queries))
-        scores[name] = questions_ @ documents.T
-    found = {name: ranks(value, relevant) for name, value in scores.items()}
-    out: dict[str, Any] = {"contexts": len(contexts), "queries": len(queries), "seconds": seconds}
-    for name, some in found.items():
-        out[name] = figures([recall_at_k(some, 1), recall_at_k(some, 10), mrr(some)])
-        gain = [float(a <= 10) - float(b <= 10) for a, b in zip(some, found["BM25"], strict=True)]
-        out[name]["recall@10 over BM25"] = mean_of("gain", "gain|units:queries", gain, 0).interval._asdict()
-    return out
+    scores |= {name: scored(loaded, queries, contexts) for name, loaded in models.items()}
+    sizes = {"contexts": len(contexts), "queries": len(queries), "seconds": seconds}
+    return {**sizes, **asked_of(scores, relevant, "BM25")}
 
 
 def pretraining(options: argparse.Namespace) -> dict[str, Any]:

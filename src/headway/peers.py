@@ -7,6 +7,7 @@ is not asked. Left out: runtimes on a GPU, and embeddings elsewhere than in tran
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -18,10 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+from torch import Tensor
+
 from headway import api, loading, saving
 from headway.errors import BugError
+from headway.evaluation.embed import longest_text
 from headway.generation import GenerationOptions, generate
 from headway.loading import Loaded
+from headway.nn.packed import is_packed
 
 
 class Work(NamedTuple):
@@ -54,11 +60,8 @@ class Given:
     @functools.cached_property
     def converted(self) -> Path:
         """As CTranslate2 has it, in int8 where the model is in codes."""
-        from headway.nn.packed import PackedLinear
-
-        is_coded = any(isinstance(part, PackedLinear) for part in self.loaded.model.modules())
         converter = _module("ctranslate2.converters").TransformersConverter(str(self.folder))
-        converter.convert(str(self._place / "converted"), quantization="int8" if is_coded else None)
+        converter.convert(str(self._place / "converted"), quantization="int8" if is_packed(self.loaded.model) else None)
         return self._place / "converted"
 
 
@@ -129,30 +132,32 @@ class LlamaCpp(Peer):
 
     def __init__(self, given: Given) -> None:
         super().__init__(given)
-        self._servers: dict[int, Any] = {}
+        self._server: Any = None
+        self._rows, self._tokens = 0, 1024  # of the server that there is: a longer text needs another
 
-    def _server(self, rows: int, tokens: int) -> str:
-        if rows not in self._servers:
+    def _address(self, work: Work) -> str:
+        rows, tokens = len(work.prompts), len(work.prompts[0]) + work.new
+        if rows != self._rows or tokens > self._tokens:
+            self._rows, self._tokens = rows, max(self._tokens, 1 << tokens.bit_length())
             params = _module(self.package).CommonParams()
             params.model.path, params.n_gpu_layers, params.verbosity = str(self._given.gguf), 0, 0
-            params.n_ctx, params.n_parallel = rows * max(1024, 1 << tokens.bit_length()), rows
+            params.n_ctx, params.n_parallel = rows * self._tokens, rows
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._given.threads
-            self._servers = {rows: _module(self.package).Server(params)}
-        address: str = self._servers[rows].listening_address.split("//")[1]
+            self._server = _module(self.package).Server(params)
+        address: str = self._server.listening_address.split("//")[1]
         return address
 
     def _ask(self, address: str, ids: list[int], new: int) -> dict[str, float]:
         import http.client
 
-        line = http.client.HTTPConnection(address)
         body = {"prompt": ids, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-        line.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-        told: dict[str, float] = json.loads(line.getresponse().read())["timings"]
+        with contextlib.closing(http.client.HTTPConnection(address)) as line:
+            line.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+            told: dict[str, float] = json.loads(line.getresponse().read())["timings"]
         return told
 
     def _told(self, work: Work) -> dict[str, float]:
-        address = self._server(1, len(work.prompts[0]) + work.new)
-        return self._ask(address, work.prompts[0], work.new)
+        return self._ask(self._address(work), work.prompts[0], work.new)
 
     def reading(self, work: Work) -> float:
         """As it says of itself, without the way there."""
@@ -165,7 +170,7 @@ class LlamaCpp(Peer):
 
     def write(self, work: Work) -> float:
         """All prompts at once, by the clock."""
-        address = self._server(len(work.prompts), len(work.prompts[0]) + work.new)
+        address = self._address(work)
         with ThreadPoolExecutor(len(work.prompts)) as pool:
             return clock(lambda: list(pool.map(lambda ids: self._ask(address, ids, work.new), work.prompts)))
 
@@ -185,32 +190,36 @@ class Transformers(Peer):
 
     def write(self, work: Work) -> float:
         """With its own `generate`."""
-        import torch
-
         ids = torch.tensor(list(work.prompts))
         length = {"max_new_tokens": work.new, "min_new_tokens": work.new, "do_sample": False, "pad_token_id": 0}
         return clock(lambda: self._model.generate(ids, attention_mask=torch.ones_like(ids), **length))
 
-    def vectors(self, texts: Sequence[str]) -> float:
-        """Mean over real tokens, sorted by length and in batches of 32, as sentence-transformers does."""
-        import torch
-
+    @functools.cached_property
+    def _words(self) -> Any:
         words = _module(self.package).AutoTokenizer.from_pretrained(self._given.folder)
         words.pad_token = words.pad_token or words.eos_token
-        config = self._given.loaded.config
-        longest = min(getattr(config.head, "max_len", None) or config.max_len, config.max_len)
-        ordered = sorted(texts, key=len, reverse=True)
+        return words
 
-        def all_of_them() -> None:
-            for start in range(0, len(ordered), 32):
-                some = ordered[start : start + 32]
-                given = words(some, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    def embeddings(self, texts: Sequence[str]) -> Tensor:
+        """Mean over real tokens, of length one, (texts, size): by length and in batches of 32, as sentence-transformers
+        does."""
+        longest = longest_text(self._given.loaded.config)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        out = torch.empty(len(texts), self._model.config.hidden_size)
+        with torch.no_grad():
+            for start in range(0, len(order), 32):
+                some = order[start : start + 32]
+                how = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+                given = self._words([texts[i] for i in some], **how)
                 real = given["attention_mask"][..., None]
                 states = self._model(**given).last_hidden_state
-                torch.nn.functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
+                out[some] = torch.nn.functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
+        return out
 
-        with torch.no_grad():
-            return clock(all_of_them)
+    def vectors(self, texts: Sequence[str]) -> float:
+        """See `embeddings`; reading the tokenizer is not counted."""
+        assert self._words is not None
+        return clock(lambda: self.embeddings(texts))
 
 
 class CTranslate2(Peer):

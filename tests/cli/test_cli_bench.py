@@ -10,6 +10,7 @@ from test_loading import published
 
 import headway
 from headway import peers, saving
+from headway.cli import bench
 from headway.generation import speed
 from headway.machine import Probe
 
@@ -70,6 +71,19 @@ def test_beside_others(command, model: Path, tmp_path: Path, what: str) -> None:
         assert other["ratio"] == pytest.approx(found["tokens_per_second"] / other["median"])
     drawn = (tmp_path / "plot.svg").read_text()
     assert all(f">{name}</text>" in drawn for name in ("headway", "llama.cpp", "transformers"))
+
+
+def test_all_who_are_offered_are_known() -> None:
+    """The command names them without importing what asks them."""
+    assert list(bench.AGAINST) == list(peers.PEERS)
+
+
+def test_a_longer_text_gets_room(model: Path, tmp_path: Path) -> None:
+    """What is asked after a short text may need a larger context than the server has."""
+    peer = peers.LlamaCpp(peers.Given(headway.load(model), tmp_path, 1))
+    assert peer.write(peers.Work([[5, 6, 7]] * 2, 1)) > 0 and peer._tokens == 1024
+    peer._tokens = 8
+    assert peer.write(peers.Work([[5, 6, 7]] * 2, 20)) > 0 and peer._tokens == 32
 
 
 def test_who_is_not_there_is_not_asked(command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,10 +223,12 @@ def _texts(path: Path | None) -> list[str]:
 def _operations(loaded: Loaded, options: Options, work: Work) -> float:
     """Floating-point operations of a token read, or of a text."""
     from headway import cost
+    from headway.evaluation.embed import longest_text
 
     if not work.texts:
         return cost.forward_flops(loaded.config, options.length)
-    lengths = [min(len(ids), loaded.config.max_len) for ids in loaded.words.encode_batch(list(work.texts))]
+    longest = longest_text(loaded.config)
+    lengths = [min(len(ids), longest) for ids in loaded.words.encode_batch(list(work.texts))]
     return sum(n * cost.forward_flops(loaded.config, max(n, 1)) for n in lengths) / len(lengths)
 
 

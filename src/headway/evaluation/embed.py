@@ -33,7 +33,7 @@ def embed(
     hold texts of similar length, at most `tokens` with padding. `progress` is told the number of texts done.
     """
     check_can_embed(model.config)
-    longest = min(getattr(model.config.head, "max_len", None) or model.config.max_len, model.config.max_len)
+    longest = longest_text(model.config)
     rows = [_cut(tokenizer, ids, longest) for ids in tokenizer.encode_batch(texts)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     out: list[Tensor | None] = [None] * len(rows)
@@ -50,6 +50,11 @@ def embed(
     head = model.config.head
     size = (head.projection if isinstance(head, PooledEmbedding) else None) or model.config.d_model
     return torch.stack(vectors) if vectors else torch.empty(0, size)
+
+
+def longest_text(config: ModelConfig) -> int:
+    """Tokens of a text that count: as many as the head says, or the context holds."""
+    return min(getattr(config.head, "max_len", None) or config.max_len, config.max_len)
 
 
 def check_can_embed(config: ModelConfig) -> None:

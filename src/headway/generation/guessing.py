@@ -124,7 +124,8 @@ class Draft:
         if config.kind != "decoder" or config.vocab_size < vocab:
             found = f"a model of kind {config.kind} with {config.vocab_size} ids"
             raise ConfigError("draft", found, f"a decoder with the {vocab} ids of the model it drafts for")
-        self._said, self._known = list(prompt.ids), list[int]()
+        self._said = list(prompt.ids)
+        self._read, self._ahead = 0, list[int]()  # how many said tokens it has read, and its own guesses behind them
         room = min(len(prompt.ids) + prompt.room, config.max_len)
         self._session = None
         if room > len(prompt.ids):
@@ -139,23 +140,21 @@ class Draft:
         session = self._session
         if session is None:
             return []
-        if not self._known:
+        if not self._read:
             session.prefill()
-            self._known = self._said[: session.cache.length]
-        shared = beginning(self._known, self._said)
-        if not session.can_forget or not session.has_room(len(self._said) - shared + count):
+            self._read = session.cache.length or 0
+        true = beginning(self._ahead, self._said[self._read :])
+        news = self._said[self._read + true :]
+        if not session.can_forget or not session.has_room(len(news) + count):
             return []
-        session.forget(len(self._known) - shared)
-        news = self._said[shared:]
+        session.forget(len(self._ahead) - true)
         for begin in range(0, len(news), self.CATCH_UP):
             logits = session.several(news[begin : begin + self.CATCH_UP])
-        self._known, guesses = list(self._said), list[int]()
-        while True:
-            guesses.append(int(logits[-1].argmax()))
-            if len(guesses) == count:
-                return guesses
-            logits = session.several(guesses[-1:])
-            self._known.append(guesses[-1])
+        guesses = [int(logits[-1].argmax())]
+        while len(guesses) < count:
+            guesses.append(int(session.several(guesses[-1:])[-1].argmax()))
+        self._read, self._ahead = len(self._said), guesses[:-1]
+        return guesses
 
 
 class _Balance:

@@ -129,7 +129,6 @@ def _fit(prompt: Prompt, where: str, config: ModelConfig, options: GenerationOpt
         head = ids[:1] if options.add_bos and kept > 1 else []
         dropped = len(ids) - kept
         ids = head + ids[len(ids) - kept + len(head) :]
-    room = (
-        options.max_tokens if options.context_shift else min(options.max_tokens, context - (0 if is_pair else len(ids)))
-    )
+    left = context if is_pair else context - len(ids)
+    room = options.max_tokens if options.context_shift else min(options.max_tokens, left)
     return Prompt(ids, prompt.text, room, dropped, prompt.at_start)

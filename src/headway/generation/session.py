@@ -56,8 +56,9 @@ class Memory:
         used, shared = len(prompt.ids) + prompt.room, min(beginning(self.ids, prompt.ids), len(prompt.ids) - 1)
         rope = model.decoder.rope if model.decoder is not None else None
         cache = self._cache
-        fits = cache is not None and used <= cache.max_len and not (rope is not None and rope.by_length)
-        fits = fits and cache is not None and cache.dtype == (dtype or next(model.parameters()).dtype)
+        kept = dtype or next(model.parameters()).dtype
+        fits = cache is not None and used <= cache.max_len and cache.dtype == kept
+        fits = fits and not (rope is not None and rope.by_length)
         self.ids = self.ids[:shared]
         if cache is None or not fits or not _crop(cache, shared):
             # By powers of two: a growing conversation is read again once per doubling and takes no more than twice
@@ -77,8 +78,7 @@ def kv_dtype_of(model: Transformer, name: str) -> torch.dtype | None:
     otherwise.
     """
     if name == "auto":
-        is_rounded = packed.planes() == 1 and any(isinstance(part, packed.PackedLinear) for part in model.modules())
-        name = "float16" if is_rounded else "model"
+        name = "float16" if packed.planes() == 1 and packed.is_packed(model) else "model"
     return _KV_DTYPES[name]
 
 

@@ -145,6 +145,11 @@ class PackedEmbedding(_PackedModule):
         return steps.rows(table, ids.reshape(-1)).view(*ids.shape, self.shape[1])
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether any of its products is with weights in codes."""
+    return any(isinstance(part, PackedLinear) for part in model.modules())
+
+
 def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:
     """Put a packed leaf in the place of the linear layer or embedding whose weight is called `name`."""
     path, _, leaf = name.removesuffix(".weight").rpartition(".")
