@@ -12,7 +12,16 @@ from headway.checkpoints.state import flatten_state
 from headway.config import ModelConfig
 from headway.nn import Transformer
 from headway.run_config import Train
-from headway.training.optimizers import Adafactor, AdamW, Lion, Muon, make_optimizer, matrix_parts, orthogonalize
+from headway.training.optimizers import (
+    POLAR_EXPRESS,
+    Adafactor,
+    AdamW,
+    Lion,
+    Muon,
+    make_optimizer,
+    matrix_parts,
+    orthogonalize,
+)
 
 CONFIG = ModelConfig(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, max_len=16,
@@ -35,12 +44,23 @@ def test_every_singular_value_becomes_nearly_one(rows, cols):
 
 
 def test_the_gram_form_equals_the_direct_one():
-    """Wide matrices go through X X^T; padded to square they would not, and must agree."""
-    X = torch.randn(2, 12, 48, dtype=torch.float64)
-    wide = orthogonalize(X)
-    padded = orthogonalize(torch.cat((X, torch.zeros(2, 36, 48, dtype=torch.float64)), 1))[:, :12]
-    # The small 1e-7 in the normalisation and float64 rounding are all that may differ.
-    assert (wide - padded).abs().max() < 1e-6
+    """The polynomials evaluated on X itself, one after the other, in float64."""
+    for rows, cols in ((12, 48), (16, 16), (48, 12)):
+        X = torch.randn(2, rows, cols, dtype=torch.float64)
+        direct = X / torch.linalg.svdvals(X).pow(8).sum(-1).pow(1 / 8)[:, None, None]
+        for a, b, c in POLAR_EXPRESS:
+            S = direct @ direct.mT
+            direct = a * direct + b * S @ direct + c * S @ S @ direct
+        # What is added to the trace, 1e-14 of some 100, and float64 rounding are all that may differ.
+        assert (orthogonalize(X) - direct).abs().max() < 1e-9
+
+
+def test_nothing_is_made_of_nothing():
+    """A layer that no gradient reaches stays; one whose gradient is all but zero does not leap."""
+    assert orthogonalize(torch.zeros(2, 4, 8)).eq(0).all()
+    assert orthogonalize(torch.full((1, 4, 8), 1e-20)).abs().max() < 1e-6
+    tiny = torch.randn(1, 4, 8) * 1e-5
+    assert torch.linalg.svdvals(orthogonalize(tiny)).sub(1).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -78,16 +98,16 @@ def test_weight_decay_touches_matrices_and_tables_only(kind):
         assert (moved[0][name] - moved[1][name] - taken).abs().max() < 2e-6, name
 
 
-def test_a_fused_projection_counts_as_its_parts():
+def test_heads_and_fused_projections_count_as_their_parts():
     model = Transformer(CONFIG)
     rows = {tuple(parts) for _, parts in matrix_parts(model, CONFIG)}
-    assert rows == {(32, 16, 16), (32,), (128, 128)}
-    one = Muon([(torch.nn.Parameter(torch.randn(6, 4)), (4, 2))], lr=1.0)
-    one.parameters[0].grad = torch.randn(6, 4)
+    assert rows == {(8,) * 8, (32,), (128, 128)}
+    one = Muon([(torch.nn.Parameter(torch.randn(8, 4)), (4, 2, 2))], lr=1.0)
+    one.parameters[0].grad = torch.randn(8, 4)
     before = one.parameters[0].detach().clone()
     one.step(1.0)
     moved = before - one.parameters[0].detach()
-    for part in (moved[:4], moved[4:]):
+    for part in (moved[:4], moved[4:6], moved[6:]):
         assert torch.linalg.svdvals(part).sub(1).abs().max() < 0.4
 
 

@@ -233,6 +233,8 @@ class Transformer(nn.Module):
 
     def balance_loss(self) -> Tensor | None:
         """The sum of the load-balancing terms of the last forward, None without experts."""
+        if self.config.feed_forward.experts is None:
+            return None
         terms = [
             m.balance_loss for m in self.modules() if isinstance(m, MixtureOfExperts) and m.balance_loss is not None
         ]
