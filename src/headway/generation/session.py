@@ -202,7 +202,7 @@ class Session:
 
     def has_room(self, count: int) -> bool:
         """Whether so many tokens more fit into the cache."""
-        return self.cache.length is not None and self.cache.length + count <= self.cache.max_len
+        return self.cache.length is not None and self.cache.has_room(count)
 
     def _read(self, ids_BT: Tensor) -> Tensor:
         is_pair = self.model.is_pair

@@ -73,7 +73,8 @@ class CodedMatrix(NamedTuple):
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of W in float32, (n) -> (n, C). Raises IndexError for a row that is not there."""
-        check_rows(numbers.tolist(), self.shape[0])
+        if numbers.is_cpu:  # a look at a GPU's numbers would wait for it
+            check_rows(numbers.tolist(), self.shape[0])
         block, lane = numbers // ROWS, numbers % ROWS
         codes = self.codes.permute(0, 3, 1, 2, 4)[block, lane]
         halves = torch.stack((codes & 15, codes >> 4), 2) if self.bits == 4 else codes

@@ -142,7 +142,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor
     if bias is not None:
         visible = mask.tensor(q.shape[2], k.shape[2], q.device)
         dense = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
-    if mask.dense is not None:
+    if mask.dense is not None and not mask.sighted:
         blind = ~mask.dense.any(-1, keepdim=True)
         # Whether a row is blind is a look at the data, which a compiled graph cannot take.
         if dense is not None and (torch.compiler.is_compiling() or bool(blind.any())):
@@ -150,11 +150,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor
             dense = dense | blind if dense.dtype == torch.bool else dense.masked_fill(blind, 0.0)
         else:
             blind = None
-    grouped = q.shape[1] != k.shape[1]
+    grouped, shape = q.shape[1] != k.shape[1], q.shape
+    if grouped and q.shape[2] == 1:  # heads that share keys stand as queries of one head, which every kernel can take
+        q, grouped = _by_group(q, k), False
+        dense = dense if dense is None or dense.shape[1] == 1 else _by_group(dense, k)
     out = F.scaled_dot_product_attention(
         q, k, v, dense, how.dropout, is_causal=is_causal, scale=how.scale, enable_gqa=grouped
-    )
+    ).view(*shape[:3], v.shape[3])
     return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def _by_group(per_head: Tensor, k: Tensor) -> Tensor:
+    """(B, N, 1, X) -> (B, K, N/K, X): what stands for each head, by the keys (B, K, S, H) that they read."""
+    return per_head.reshape(len(per_head), k.shape[1], -1, per_head.shape[3])
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: Scores, bias: Tensor | None) -> Tensor:

@@ -68,6 +68,7 @@ class Slots:
         self._alike = 0  # the first columns, which hold the same in every row
         self._columns: Tensor | None = None
         self._past: Tensor | None = None
+        self._shown = 0  # columns that attention reads where they are not in order
 
     def begin(self, positions: Tensor, real: Tensor | None, start: int | None) -> Tensor:
         """Reserve columns for new tokens; returns the positions (B, S) of all keys that they may see.
@@ -100,8 +101,15 @@ class Slots:
             self._past = None
         self.positions.scatter_(1, self._columns, shown)
         self.positions[:, self.capacity] = -1
-        self.used = max(self.used, reach)
+        self.used = self._shown = max(self.used, reach)
         return seen if self._past is not None else self.positions[:, : self.used]
+
+    def place(self, positions: Tensor, shown: int) -> Tensor:
+        """As `begin` for one token a row, over the first `shown` columns, and without a look at any number."""
+        self._past, self._shown = None, min(shown, self.capacity)
+        self._columns = positions % self.capacity
+        self.positions.scatter_(1, self._columns, positions)
+        return self.positions[:, : self._shown]
 
     def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of one layer; returns all that are visible, (B, S, K, H) views."""
@@ -119,7 +127,7 @@ class Slots:
             return kept_BKSX[:, :, : self.used]
         old = None if self._past is None else kept_BKSX[:, :, : self._past.shape[1]].clone()
         kept_BKSX.scatter_(2, self._columns[:, None, :, None].expand_as(new_BKTX), new_BKTX)
-        return kept_BKSX[:, :, : self.used] if old is None else torch.cat((old, new_BKTX), 2)
+        return kept_BKSX[:, :, : self._shown] if old is None else torch.cat((old, new_BKTX), 2)
 
     def columns(self, T: int) -> Tensor | None:
         """Where the T new tokens go, (B|1, T); None where they would overwrite what they still have to see."""
@@ -206,13 +214,17 @@ class Cache:
         self._origin = torch.arange(batch, device=like.device)  # of which row each row's encoder states are
         self.encoder_real: Tensor | None = None
         self.encoder_hidden: Tensor | None = None
+        self.sees_encoder = False  # whether in each row at least one of its states is real
         self.last_only = False
         self.fused: object | None = None  # the steps that ran last
-        self.programs: dict[object, object | None] = {}  # that nn/fused.py keeps
+        self.programs: dict[object, object | None] = {}  # that nn/fused.py and nn/recorded.py keep
+        self.shown: int | None = None  # set while a step is recorded: it may look at no number, and reads these columns
         self.is_whole = True  # nothing is known to keep a new token from being a single call (nn/next_token.py)
 
     def next_positions(self, T: int, real: Tensor | None) -> Tensor:
         """Positions (B|1, T) of the next T tokens, counting only real ones."""
+        if self.shown is not None:
+            return self.lengths[:, None].clone()
         if real is None and self.length is not None:
             return torch.arange(self.length, self.length + T, device=self.lengths.device)[None]
         step = torch.arange(T, device=self.lengths.device)[None] if real is None else real.long().cumsum(1) - 1
@@ -220,6 +232,9 @@ class Cache:
 
     def begin(self, positions: Tensor, real: Tensor | None) -> dict[int | None, Tensor]:
         """Reserve room for new tokens; per window, the positions (B, S) of the keys they may see (-1: none)."""
+        if self.shown is not None:
+            self.lengths += 1
+            return {window: slots.place(positions, self.shown) for window, slots in self.groups.items()}
         T = positions.shape[1]
         start = self.length if real is None else None
         after = self.lengths + (T if real is None else real.sum(1))
@@ -227,9 +242,26 @@ class Cache:
         if longest > self.max_len:
             raise BugError("cache", f"{longest} tokens", f"at most {self.max_len}")
         seen = {window: slots.begin(positions, real, start) for window, slots in self.groups.items()}
-        self.lengths = after
+        self.lengths.copy_(after)
         self.length = start + T if start is not None else None
         return seen
+
+    def advance(self) -> None:
+        """Count a token that each row got while `shown` was set, or when such a step was replayed."""
+        self.length = None if self.length is None else self.length + 1
+        for slots in self.groups.values():
+            slots.used = min(slots.used + 1, slots.capacity)
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many tokens more fit into every row."""
+        longest = self.length if self.length is not None else int(self.lengths.max())
+        return longest + count <= self.max_len
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a step reads and writes."""
+        own = (tensor for slots in self.groups.values() for tensor in (*slots.tensors, slots.positions))
+        return (self.lengths, *own, *(tensor for pair in self.cross if pair is not None for tensor in pair))
 
     def append(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; returns all visible ones, (B, S, K, H)."""
@@ -254,7 +286,7 @@ class Cache:
         """Forget every position from `length` on, in all rows."""
         for slots in self.groups.values():
             slots.crop(length)
-        self.lengths = self.lengths.clamp(max=length)
+        self.lengths.clamp_(max=length)
         self.length = None if self.length is None else min(self.length, length)
 
     @property

@@ -17,7 +17,8 @@ class Sight:
     """Queries and keys of one attention: where they stand, which are real, which document they belong to.
 
     `plain` promises that both sides are the same unpadded single document from position 0 on, so that a causal mask
-    is the triangle that fused kernels build themselves. `latest` promises that no key lies after any query.
+    is the triangle that fused kernels build themselves. `latest` promises that no key lies after any query,
+    `sighted` that every query sees a key.
     Shapes: positions (B|1, T) and (B|1, S); `k_real` (B, S) bool; documents (B, T) and (B, S).
     """
 
@@ -28,6 +29,7 @@ class Sight:
     k_documents: Tensor | None = None
     plain: bool = False
     latest: bool = False
+    sighted: bool = False
 
     def document_lengths(self) -> Tensor | None:
         """(B, T) tokens in the document of each query, None where a row is one document."""
@@ -62,12 +64,14 @@ def same_document(sight: Sight) -> Tensor:
 class Mask:
     """What an attention backend needs: the triangle that it can build itself, or a dense (B|1, 1, T, S) bool.
 
-    `starts` (B, T) says the same as `dense` where every query sees the keys from a start up to itself.
+    `starts` (B, T) says the same as `dense` where every query sees the keys from a start up to itself. `sighted`: every
+    query sees a key.
     """
 
     is_causal: bool = False
     dense: Tensor | None = None
     starts: Tensor | None = None
+    sighted: bool = False
 
     def tensor(self, T: int, S: int, device: torch.device) -> Tensor | None:
         """The mask as a dense tensor, None when everything is visible."""
@@ -99,4 +103,5 @@ def build_mask(sight: Sight, *, is_causal: bool, window: int | None) -> Mask:
         dense = dense & part
     packed = is_causal and not narrow and sight.k_real is None and sight.q_documents is not None
     order = torch.arange(T, device=dense.device)
-    return Mask(dense=dense[:, None], starts=order - sight.q_positions if packed and S == T else None)
+    starts = order - sight.q_positions if packed and S == T else None
+    return Mask(dense=dense[:, None], starts=starts, sighted=sight.sighted)

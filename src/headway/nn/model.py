@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from headway.config import ModelConfig
 from headway.errors import BugError, ConfigError, InputError
+from headway.nn import next_token, recorded
 from headway.nn.cache import Cache
 from headway.nn.embeddings import Embeddings
 from headway.nn.feed_forward import MixtureOfExperts
 from headway.nn.heads import IGNORED, LanguageModelHead, Taught, make_head, pool
 from headway.nn.init import Unfilled, initialize
 from headway.nn.masks import Sight
-from headway.nn.next_token import next_token
 from headway.nn.packed import Packed, pack_leaf
 from headway.nn.stack import Stack
 
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         others = (attention_mask, documents, token_types, decoder_attention_mask, labels)
         new = decoder_input_ids if self.is_pair else input_ids
         if cache is not None and new is not None and all(other is None for other in others):
-            found = next_token(self, new, cache)
+            found = next_token.next_token(self, new, cache) or recorded.next_token(self, new, cache)
             if found is not None:
                 return Output(None, found[1], found[0], cache.encoder_hidden)
         hidden, real, encoded = self._states(
@@ -289,6 +289,7 @@ class Transformer(nn.Module):
         encoded = self._run(self.encoder, self._check(inputs, is_encoder=True), real, documents, None, None)
         if cache is not None:
             cache.encoder_hidden, cache.encoder_real = encoded, real
+            cache.sees_encoder = real is None or bool(real.any(1).all())
         return encoded, real
 
     def _balanced(self, loss: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """Linear layers and embeddings whose weights stay in the few bits that a file holds them in.
 
 A product puts its input in 8 bits too and multiplies integers (kernels/codes.py), which no weight has to be unpacked
-for. Where that cannot be done (another dtype or device, gradients, `exact`) the weights are unpacked for the moment of
-the product, and the answer is that of the dequantized model to the last bit.
+for; on a GPU weights are unpacked in registers (kernels/weight_only.py). Where neither can be done (another dtype,
+gradients, `exact`) the weights are unpacked for the moment of the product, and the answer is that of the dequantized
+model to the last bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -126,14 +129,35 @@ class PackedLinear(_PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not _planes or not usable(x) or (torch.is_grad_enabled() and x.requires_grad):
+        product = _product(x)
+        if product is None:
             return F.linear(x, self.packed.unpack().to(x.dtype), bias)
         scale = self._buffers["input_scale"]
-        x = x if scale is None else x * scale
+        x = x if scale is None else x * scale.to(x.dtype)
         parts = [part for _, part in self.packed.parts]
         biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
-        found = [steps.linear(x, part, some, _planes) for part, some in zip(parts, biases, strict=True)]
+        found = [product(x, part, some) for part, some in zip(parts, biases, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _product(x: Tensor) -> Callable[[Tensor, CodedMatrix, Tensor | None], Tensor] | None:
+    """x W^T + b with W in codes, by what there is where x is; None: unpack W."""
+    if not _planes or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    if usable(x):
+        return functools.partial(steps.linear, planes=_planes)
+    gpu = _weight_only() if x.is_cuda else None
+    return None if gpu is None else gpu.linear
+
+
+@functools.cache
+def _weight_only() -> ModuleType | None:
+    """The kernels for a GPU; None without Triton, which torch has where it was built for CUDA."""
+    try:
+        from headway.kernels import weight_only
+    except ImportError:
+        return None
+    return weight_only
 
 
 class PackedEmbedding(_PackedModule):

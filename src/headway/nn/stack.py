@@ -86,7 +86,9 @@ class Stack(nn.Module):
             if block.mask not in masks:
                 is_causal, window = block.mask
                 masks[block.mask] = build_mask(sights[layer], is_causal=is_causal, window=window)
-        cross = Mask(dense=encoder_real[:, None, None, :]) if encoder_real is not None else Mask()
+        cross = Mask()
+        if encoder_real is not None:
+            cross = Mask(dense=encoder_real[:, None, None, :], sighted=cache is not None and cache.sees_encoder)
         biases = self._biases(sights, x_BTD)
         for layer, block in enumerate(self.blocks):
             turn = angles[self.windows[layer] is not None] if self.turned[layer] else None
@@ -133,7 +135,7 @@ def _sights(sight: Sight, cache: Cache | None, windows: list[int | None]) -> lis
     if cache is None:
         return [sight] * len(windows)
     plain = cache.length == 0 and sight.k_real is None
-    uniform = cache.length is not None and sight.k_real is None
+    uniform = cache.length is not None and cache.shown is None and sight.k_real is None
     seen = cache.begin(sight.q_positions, sight.k_real)
     views: dict[int | None, Sight] = {}
     for window, k_positions in seen.items():
@@ -144,5 +146,6 @@ def _sights(sight: Sight, cache: Cache | None, windows: list[int | None]) -> lis
             k_real=None if everything else k_positions >= 0,
             plain=plain and everything,
             latest=True,
+            sighted=sight.k_real is None,
         )
     return [views[window] for window, _ in cache.layers]
