@@ -26,6 +26,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ from task_data import (  # noqa: E402
 )
 
 import headway  # noqa: E402
-from headway.assess import How, assess  # noqa: E402
+from headway.assess import How, assess, predicted  # noqa: E402
 from headway.cli.display import Display  # noqa: E402
 from headway.evaluation import Measured, accuracy  # noqa: E402
+from headway.evaluation.interval import mean_of  # noqa: E402
 from headway.launch import Launch, train  # noqa: E402
 
 
@@ -294,6 +296,8 @@ def retrieval(options: argparse.Namespace) -> dict[str, Any]:
 def pretraining(options: argparse.Namespace) -> dict[str, Any]:
     """The same shape, tokenizer, optimizer and fine-tuning, from random weights and from those of masked words.
 
+    One pre-training, `seeds` fine-tunings of each; the interval is over questions, of which each seed has the same.
+
     The text without labels: WikiText-2, and questions that others asked (the training side of TREC without its labels,
     CoQA, DROP, SQuAD), half of the words each.
     """
@@ -311,17 +315,24 @@ def pretraining(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer={"kind": "wordpiece", "vocab_size": 4096},
         train={"seed": options.seed, "batch_size": 64},
     )
-    tuning = {"seed": options.seed, "epochs": 4.0, "batch_size": 32, "optimizer": "muon"}
     begun = {
         "pre-trained": {"base": str(options.folder / "masked")},
         "from scratch": {"model": {"depth": options.depth or 3}, "tokenizer": {"path": str(options.folder / "masked")}},
     }
+    seeds = range(options.seed, options.seed + options.seeds)
     out: dict[str, Any] = {"examples": [len(train_rows), len(test_rows)], "seconds of pre-training": spent}
-    for name, fields in begun.items():
+    right: dict[str, list[Any]] = {name: [] for name in begun}
+    for seed, (name, fields) in product(seeds, begun.items()):
         rates = {"lr": 0.002, "muon_lr": 0.005} if "base" in fields else {"lr": 0.01, "muon_lr": 0.02}
-        run = options.folder / name.split("-")[0]
-        loaded, seconds = fit(run, data={"path": str(path)}, train={**tuning, **rates}, **fields)
-        out[name] = {"seconds": seconds, "rates": rates, **figures(assess(loaded, str(test)))}
+        tuning = {"seed": seed, "epochs": 4.0, "batch_size": 32, "optimizer": "muon", **rates}
+        loaded, seconds = fit(options.folder / name.split("-")[0], data={"path": str(path)}, train=tuning, **fields)
+        found, true = predicted(loaded, str(test), How()).data[:2]
+        right[name].append(np.asarray(found) == np.asarray(true))
+        out.setdefault(name, []).append({"seed": seed, "seconds": seconds, "accuracy": float(right[name][-1].mean())})
+        print(name, out[name][-1], flush=True)
+    both = [np.mean(rows, 0) for rows in right.values()]  # of each question, the share of seeds that were right
+    for name, shares in (*zip(begun, both, strict=True), ("difference", both[0] - both[1])):
+        out[f"accuracy, {name}"] = mean_of(name, f"questions, {len(seeds)} seeds", shares, 0).interval._asdict()
     out["bag of words"] = bag_of_words(train_rows, test_rows).interval._asdict()
     return out
 
@@ -430,6 +441,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--depth", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of fine-tuning (pretraining)")
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/real_tasks"))
     options = parser.parse_args()
