@@ -2,9 +2,9 @@
 
 Usage: python tools/check_budget.py [SRC]      prints one line per breach, exits 1 when there is one
 
-The library: at most 24,000 lines of Python code (docstrings, comments and blank lines are free: the house asks for
+The library: at most 26,000 lines of Python code (docstrings, comments and blank lines are free: the house asks for
 them; the files of families/ are data and have a budget of their own, 60 lines each) and 1,500 native lines; docs/log.md
-says why 12,000 became 24,000. A file: 600 lines of any sort. A function: 60 lines and 10 parameters, self aside. No
+says why 12,000 became 26,000. A file: 600 lines of any sort. A function: 60 lines and 10 parameters, self aside. No
 function body of five lines or more stands twice. No deferred work, no swallowed errors, no pickle, no torch.load.
 """
 
@@ -18,7 +18,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-LIBRARY, NATIVE, FILE, FAMILY, FUNCTION, PARAMETERS, REPEATED = 24_000, 1_500, 600, 60, 60, 10, 5
+LIBRARY, NATIVE, FILE, FAMILY, FUNCTION, PARAMETERS, REPEATED = 26_000, 1_500, 600, 60, 60, 10, 5
 NATIVE_SUFFIXES = {".cpp", ".cc", ".h", ".hpp", ".cu"}
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

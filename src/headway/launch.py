@@ -28,7 +28,7 @@ from headway.material import Material
 from headway.nn import Transformer
 from headway.plain_yaml import dump_yaml
 from headway.prepare import material
-from headway.run_config import RunConfig, Train, flatten
+from headway.run_config import LowRankTuning, RunConfig, Train, flatten
 from headway.strict import dump_json, strict_json
 from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
@@ -41,6 +41,7 @@ from headway.training.recipe import resolve, time_step
 from headway.training.teaching import check_teaching
 from headway.training.throughput import resident_bytes
 from headway.training.world import ALONE, World, joined
+from headway.tuning.tuned import tuned
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png", TENSORBOARD, WANDB, WANDB_RUN)
 
@@ -251,7 +252,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
         check_teaching(made.teacher.model.config, config)
     assert run.data.context is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
-    model = _model(config, made).to(device)
+    model = (_model(config, made) if run.tuning is None else _adapted(config, made, run.tuning)).to(device)
     world.check_same(lambda: {"weights": tensor_hash(model.state_dict())})
     plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason, world)
     say(plan)
@@ -332,6 +333,12 @@ def _model(config: ModelConfig, made: Material) -> Transformer:
         }
         model.load_state_dict(fitting, strict=False)
     return model
+
+
+def _adapted(config: ModelConfig, made: Material, tuning: LowRankTuning) -> Transformer:
+    """The base as it is, with adapters that are trained."""
+    assert made.base is not None
+    return tuned(made.base.model, config, tuning, made.base.weights_sha256)
 
 
 def _device(wanted: str) -> str:

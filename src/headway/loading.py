@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headway import files
 from headway.checkpoints import hub_folder
+from headway.checkpoints.fetch import resolve
 from headway.checkpoints.folder import (
     CONFIG,
     MANIFEST,
@@ -40,11 +41,12 @@ from headway.errors import ConfigError, InputError, MachineError
 from headway.families import families
 from headway.families._preset import architecture_for
 from headway.nn import Transformer
-from headway.nn.packed import Packed, unpacked
-from headway.run_config import load_run
+from headway.nn.packed import Packed, is_packed, unpacked
+from headway.run_config import RunConfig, load_run
 from headway.strict import strict_json
 from headway.text import Tokenizer
 from headway.text.gguf_vocab import from_gguf
+from headway.tuning.tuned import tuned
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Loaded:
         architecture: its class in transformers. raw: the published config. unread: tensors nobody reads here.
         step: updates done, None for published models. receipt: what a quantized model measured before and after.
         notes: what the reader should know, such as a damaged newer checkpoint that was passed over.
+        base: the model that adapters stand on, as the run names it.
     """
 
     model: Transformer
@@ -73,6 +76,7 @@ class Loaded:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
     unread: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     known_hash: str = ""
+    base: str = ""
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -221,6 +225,10 @@ def _load_run(place: Path, dtype: torch.dtype | None, *, force_tokenizer: bool) 
     if config.vocab_size:
         tokenizer = Tokenizer.load(run / TOKENIZER)
         check_tokenizer(run, config, tokenizer, manifest, force=force_tokenizer)
+    identity = manifest.meta.get("identity")
+    if isinstance(identity, dict) and "base" in identity:
+        found = FoundRun(run, folder, manifest, notes)
+        return _load_tuned(found, load_run([run / CONFIG], (), {}).run, tokenizer, dtype)
     # On the meta device first: a config that asks for more than the file holds must not take memory.
     blank = Transformer.blank(config)
     said = manifest.meta.get(PACKED, {})
@@ -242,6 +250,57 @@ def _load_run(place: Path, dtype: torch.dtype | None, *, force_tokenizer: bool) 
         receipt=manifest.meta.get(RECEIPT, {}),  # type: ignore[arg-type]  # shown as it is
         known_hash="" if dtype is not None or manifest.weights.startswith(SHARED_HASH) else manifest.weights,
     )
+
+
+def load_base(name: str, dtype: str | None) -> Loaded:
+    """A model to train further; by default codes stay codes, and floats become float32, which steps compute with."""
+    loaded = load(resolve(name), dtype=dtype)
+    loaded.model.float()
+    return loaded
+
+
+def _load_tuned(found: FoundRun, run: RunConfig, tokenizer: Tokenizer | None, dtype: torch.dtype | None) -> Loaded:
+    """A run that holds adapters: its base, which the config names, with them on it.
+
+    Raises InputError: the base is not there, or another one than in training.
+    """
+    assert run.tuning is not None and run.base is not None
+    base = load_base(run.base, None if run.tuning.base_dtype == "stored" else "float32")
+    config, identity = read_model_config(found.run), found.manifest.meta.get("identity")
+    trained = identity.get("base") if isinstance(identity, dict) else None
+    if trained != base.weights_sha256:
+        where = f"{found.run / CONFIG} base"
+        raise InputError(where, f"{run.base} with weights {base.weights_sha256}", f"{trained}, those in training")
+    if dtype is not None and is_packed(base.model):
+        base = load_base(run.base, "float32")
+    model = tuned(base.model, config, run.tuning, trained)
+    wanted, weights = model.own_state(), read_group(found.folder, WEIGHTS)
+    check_names(wanted, weights, found.folder / WEIGHTS, found.run / MODEL)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(weights[name])
+    model = model.eval().requires_grad_(False)
+    is_same = config.head.type == base.config.head.type
+    return replace(
+        base,
+        model=model if dtype is None else model.to(dtype),
+        tokenizer=tokenizer,
+        config=config,
+        path=found.folder,
+        architecture=base.architecture if is_same or not base.family else _class_of(base.family, config),
+        step=found.manifest.step,
+        notes=[*base.notes, *found.notes],
+        receipt={},
+        unread={},
+        known_hash="",
+        base=run.base,
+    )
+
+
+def _class_of(family: str, config: ModelConfig) -> str:
+    """The architecture of a family that has this head; empty where there is none."""
+    heads = families()[family].heads
+    return next((name for name, head in heads.items() if head.fields["head.type"] == config.head.type), "")
 
 
 def _origin(manifest: Manifest, config: ModelConfig) -> tuple[str, str, dict[str, Any]]:
@@ -284,7 +343,11 @@ def check_weights(model: Transformer, weights: Mapping[str, Tensor | Packed], fi
 
     Raises InputError with the first misshaped tensor and both shapes, or counts and names of missing and surplus ones.
     """
-    wanted = model.state_dict()
+    check_names(model.state_dict(), weights, file, config)
+
+
+def check_names(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor | Packed], file: Path, config: Path) -> None:
+    """As `check_weights`, for the tensors that are wanted."""
     for name in sorted(set(wanted) & set(weights)):
         if wanted[name].shape != weights[name].shape:
             found = f"tensor {name} has shape {tuple(weights[name].shape)}"

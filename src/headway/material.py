@@ -110,7 +110,10 @@ class Where:
     @cached_property
     def base(self) -> loading.Loaded | None:
         """The model that is trained further; a resumed run has its own weights, but still asks for its shape."""
-        return None if self.run.base is None else _load_base(self.run.base, "base")
+        if self.run.base is None:
+            return None
+        tuning = self.run.tuning
+        return _load_base(self.run.base, "base", None if tuning is None or tuning.base_dtype == "stored" else "float32")
 
     @cached_property
     def teacher(self) -> Teacher | None:
@@ -127,12 +130,8 @@ class Where:
         return teacher
 
 
-def _load_base(name: str, key: str) -> loading.Loaded:
-    import torch
-
-    from headway.checkpoints.fetch import resolve
-
-    loaded = loading.load(resolve(name), dtype=torch.float32)
+def _load_base(name: str, key: str, dtype: str | None = "float32") -> loading.Loaded:
+    loaded = loading.load_base(name, dtype)
     loading.check_pixels(loaded, key)
     return loaded
 

@@ -187,6 +187,32 @@ class Distill(Frozen):
     temperature: PositiveReal = 2.0
 
 
+class LowRankTuning(Frozen):
+    """Train adapters of low rank on a base that stays as it is (LoRA, arXiv:2106.09685).
+
+    `alpha` over `rank` scales what they add, with `rslora` over its root; None is twice the rank. `targets` are roles,
+    names or patterns of layers (tuning/adapters.py); `rank_pattern` and `alpha_pattern` set some apart, by patterns of
+    full names. `dora` learns the length of each row apart from its direction. A new head is trained whole beside them.
+    The base keeps the form it has (`stored`, codes too: QLoRA, arXiv:2305.14314) or is unpacked to float32.
+    """
+
+    method: Literal["lora"] = "lora"
+    rank: Positive = 8
+    alpha: PositiveReal | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Names = ("all",)
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveReal] = Field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    base_dtype: Literal["stored", "float32"] = "stored"
+
+    @property
+    def scale(self) -> float:
+        """Alpha, or what it is by default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
 class TokenizerConfig(Frozen):
     """A tokenizer to train (`kind`, `vocab_size`) or to load (`path`). None means: chosen from data and budget."""
 
@@ -315,6 +341,13 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: "leave out base",
     ),
     Rule(
+        ("tuning", "base"),
+        lambda r: r.tuning is not None and r.base is None,
+        lambda r: "adapters, and no model to put them on",
+        "a model that exists",
+        lambda r: "base=MODEL",
+    ),
+    Rule(
         ("base", "preset"),
         lambda r: r.base is not None and r.preset is not None,
         lambda r: f"a model to train further ({r.base}) and the form of a new one ({r.preset})",
@@ -343,7 +376,8 @@ class RunConfig(Checked):
 
     `model` holds ModelConfig's fields, or the one dial `depth`. `objective` None is what the data's form asks for.
     `base` is a model to train further: a path or name as `headway.load` takes it; `distill` names one to learn from.
-    `preset` is a family of published models whose form a new model has, `gpt2` or `llama`.
+    `preset` is a family of published models whose form a new model has, `gpt2` or `llama`. With `tuning` the base stays
+    as it is, and adapters are trained.
     """
 
     model: dict[str, Any] = Field(default_factory=dict)
@@ -353,6 +387,7 @@ class RunConfig(Checked):
     objective: Objective | None = None
     base: str | None = None
     distill: Distill | None = None
+    tuning: LowRankTuning | None = None
     preset: str | None = None
     budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None

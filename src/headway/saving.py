@@ -23,7 +23,7 @@ from headway.config import ModelConfig, PooledEmbedding
 from headway.errors import ConfigError
 from headway.families import Family, families
 from headway.families._gguf import dialect
-from headway.families._translate import plan, write_config
+from headway.families._translate import Plan, plan, write_config
 from headway.loading import (
     DTYPES,
     GENERATION,
@@ -40,8 +40,9 @@ from headway.loading import (
 from headway.nn.packed import Packed, unpacked, weights_of
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
+from headway.tuning import adapters, peft_folder
 
-FORMS = ("hf", "gguf", "headway")
+FORMS = ("hf", "gguf", "headway", "peft")
 MAX_KEPT = 1 << 24
 
 
@@ -53,22 +54,29 @@ def save(
     dtype: str | None = None,
     family: str | None = None,
     overwrite: bool = False,
+    merge: bool = False,
 ) -> Path:
-    """Write a model to `target` as `hf` (a folder), `gguf` (a file) or `headway` (a run folder).
+    """Write a model to `target`: `hf` (a folder), `gguf` (a file), `headway` (a run folder), or its adapters as `peft`.
 
     Args:
         dtype: float32, float16, bfloat16; for GGUF also q8_0, q4_0, q4_1. By default as loaded, codes too (in
             GGUF where it has a format for them, else F32).
         family: the model_type to write it as; by default its own, or for a run the first that can express it.
-        overwrite: replace what stands there.
+        overwrite: replace what stands there. merge: take the adapters in use into the weights first, in place.
 
     Raises:
-        ConfigError: unknown form or dtype; no family can express the model. MachineError: the target exists; the disk.
+        ConfigError: unknown form or dtype; adapters that are neither merged nor asked for, or weights in codes to merge
+            them into; no family can express the model. MachineError: the target exists; the disk.
     """
     place = Path(target)
     if form not in FORMS:
         raise ConfigError("--to", repr(form), ", ".join(FORMS))
     files.check_target(place, overwrite)
+    if merge and not adapters.merge(loaded.model):
+        raise ConfigError("--merge", "a model without adapters", "one that was tuned, or no --merge")
+    if form == "peft":
+        return _save_adapter(loaded, place, overwrite=overwrite)
+    weights_of(loaded.model)  # which refuses adapters that would be left out
     if form == "headway" and dtype is None:
         return _save_run(loaded, loaded.model.state_dict(), place, None)
     if form == "gguf":
@@ -116,6 +124,23 @@ def _why_not(config: ModelConfig, family: Family) -> str:
             except ConfigError as error:
                 return error.found
     return f"{family.model_type} has no {config.kind} with head {config.head.type}"
+
+
+def plan_of(loaded: Loaded) -> Plan | None:
+    """Where each tensor of a published model stands in its files; None for a run of ours."""
+    if not loaded.family or not loaded.architecture:
+        return None
+    family = families()[loaded.family]
+    return plan(family, family.heads[loaded.architecture], loaded.config)
+
+
+def _save_adapter(loaded: Loaded, place: Path, *, overwrite: bool) -> Path:
+    """The adapter in use as peft keeps it."""
+    names = adapters.names(loaded.model)
+    if len(names) != 1:
+        raise ConfigError("--to peft", f"{len(names)} adapters", "a model with one", "headway tune")
+    model, where = loaded.model, {"base": loaded.base, "base_sha256": loaded.model.base_sha256}
+    return peft_folder.write(model, place, plan_of(loaded), name=names[0], overwrite=overwrite, **where)
 
 
 def plain_weights(loaded: Loaded) -> dict[str, Tensor]:

@@ -15,7 +15,10 @@ from headway.errors import ConfigError
 class Options(Common):
     """What `headway convert` takes."""
 
-    to: Annotated[str | None, option(help="hf (a folder), gguf (a file) or headway (a run folder).")] = None
+    to: Annotated[
+        str | None, option(help="hf (a folder), gguf (a file), headway (a run folder), or peft (its adapter).")
+    ] = None
+    merge: Annotated[bool, option("--merge", help="Take the adapters into the weights.")] = False
     dtype: Annotated[
         str | None, option(help="float32, float16, bfloat16; for gguf also q8_0, q4_0, q4_1 [as stored].")
     ] = None
@@ -45,13 +48,23 @@ def run(options: Options) -> None:
         given = {"unsafe_pickle": options.unsafe_pickle, "allow_nonfinite": options.allow_nonfinite}
         loaded = loading.load_container(source, **given)
     else:
-        loaded = loading.load(source, allow_nonfinite=options.allow_nonfinite, tower=options.tower)
+        # Merged weights are new ones: those in codes are unpacked for it, and put in codes again where DST wants it.
+        dtype = "float32" if options.merge else None
+        loaded = loading.load(source, dtype=dtype, allow_nonfinite=options.allow_nonfinite, tower=options.tower)
     for line in loaded.notes:
         note(f"note: {line}")
-    saving.save(loaded, target, form, dtype=options.dtype, family=options.family, overwrite=options.overwrite)
+    saving.save(
+        loaded,
+        target,
+        form,
+        dtype=options.dtype,
+        family=options.family,
+        overwrite=options.overwrite,
+        merge=options.merge,
+    )
     printer = Printer(json=options.json)
     parts = [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]
     held = sum(file.stat().st_size for file in parts)
     printer.say(f"{target}: {form}, {size(held)}")
-    family = loaded.family if form == "headway" else saving.family_for(loaded, options.family)[0].model_type
+    family = loaded.family if form in ("headway", "peft") else saving.family_for(loaded, options.family)[0].model_type
     printer.result({"path": str(target), "form": form, "family": family, "bytes": held})

@@ -115,6 +115,7 @@ def find(options: Options) -> Subject:
             loaded = api.load(str(path), tower=options.tower)
             fields = loaded.config.model_dump(mode="json")
             notes = [f"step {loaded.step} of {path}"] if loaded.step is not None else []
+            notes += [f"adapters on {loaded.base}"] if loaded.base else []
             notes += loaded.notes
     elif not options.overrides:
         raise ConfigError("PATH", "none", "a model, a config file, or fields", "headway inspect RUN")

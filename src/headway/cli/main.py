@@ -20,6 +20,7 @@ from headway.errors import ConfigError, HeadwayError, nearest
 VERBS = {
     "demo": "Train a small GPT on the text that is on this machine and write with it.",
     "train": "Train a model on text, rows, images or sound.",
+    "tune": "Adapt a model: adapters of low rank beside its weights.",
     "plan": "Say what a run would take: memory, time, what fits.",
     "watch": "Show the curves of a run, in the terminal or as a page.",
     "generate": "Write text with a model.",

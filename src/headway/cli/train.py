@@ -65,10 +65,11 @@ class Options(Common):
     def keys(self) -> list[str]:
         """Overrides of the run config: free words, then flags."""
         flags = [(key, getattr(self, name)) for name, key in _KEYS.items()]
-        return [*self.overrides, *(f"{key}={_yaml(value)}" for key, value in flags if value is not None)]
+        return [*self.overrides, *(f"{key}={quoted(value)}" for key, value in flags if value is not None)]
 
 
-def _yaml(value: object) -> str:
+def quoted(value: object) -> str:
+    """A scalar as it stands behind `key=`."""
     from headway.strict import dump_json
 
     return dump_json(value)  # JSON scalars are YAML: a folder named 123 or `a: b` stays a string
@@ -102,15 +103,15 @@ def read_config(options: Options) -> tuple[Resolved, Literal["never", "auto", "m
     from headway.run_config import flatten, load_run
 
     configs, folder = _places(options)
-    keys = options.keys + ([f"output={_yaml(folder)}"] if folder else [])
+    keys = options.keys + ([f"output={quoted(folder)}"] if folder else [])
     resolved = load_run(configs, keys)
     if not options.resume:
         return resolved, "never"
     place = Path(resolved.run.output) if resolved.run.output else default_output(resolved.run)
     if list_checkpoints(place) and (place / CONFIG).is_file():
         values = flatten(resolved.run.model_dump(mode="json"))
-        given = [f"{key}={_yaml(values[key])}" for key in resolved.origins if key in values and key not in _SETTLED]
-        resolved = load_run([place / CONFIG], [*given, f"output={_yaml(str(place))}"], {})
+        given = [f"{key}={quoted(values[key])}" for key in resolved.origins if key in values and key not in _SETTLED]
+        resolved = load_run([place / CONFIG], [*given, f"output={quoted(str(place))}"], {})
     return resolved, "auto" if "auto" in options.paths else "must"
 
 
@@ -218,7 +219,7 @@ def _print_config(printer: Printer, resolved: Resolved) -> None:
 
     tree = resolved.run.model_dump(mode="json")
     values = flatten(tree)
-    rows = [(key, _yaml(value), f"# {resolved.origins.get(key, 'default')}") for key, value in values.items()]
+    rows = [(key, quoted(value), f"# {resolved.origins.get(key, 'default')}") for key, value in values.items()]
     printer.table(rows)
     printer.say("null: chosen from data, budget and machine (--dry-run shows what)")
     origins = {key: resolved.origins.get(key, "default") for key in values}

@@ -215,6 +215,7 @@ class Family:
         only: {their key: the one value known here}; another one is refused by name.
         unread: patterns (fnmatch) of tensors that some files hold and no forward reads.
         gguf: its name in a GGUF file, None where llama.cpp does not know it; see `_gguf.py`.
+        modules: {part of a tensor's name: what transformers 5 calls it as a module}, where files keep older names.
     """
 
     model_type: str
@@ -227,6 +228,7 @@ class Family:
     only: Mapping[str, object] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     gguf: str | None = None
+    modules: Mapping[str, str] = field(default_factory=dict)
 
 
 def leaves(node: Node, shape: Shape, config: ModelConfig, *, is_bias: bool = False) -> Iterator[tuple[str, Shape]]:

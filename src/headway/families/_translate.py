@@ -251,10 +251,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor of a model in a family's file. `spare` are second names of tied tensors that a file may hold too."""
+    """Every tensor of a model in a family's file. `spare` are second names of tied tensors that a file may hold too,
+    `modules` the family's."""
 
     rules: list[Rule]
     spare: dict[str, str]
+    modules: Mapping[str, str]
 
 
 def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = None) -> Plan:
@@ -284,7 +286,7 @@ def plan(family: Family, head: Head, config: ModelConfig, prefix: str | None = N
         for other, _ in found[1:]:
             for (again, _), (kept, _) in zip(leaves(other, rule.shape, config), rule.leaves(), strict=False):
                 spare[again] = kept
-    return Plan(rules, spare)
+    return Plan(rules, spare, family.modules)
 
 
 def _lookup(table: Mapping[str, Node], name: str) -> Iterator[tuple[Node, bool]]:

@@ -54,6 +54,10 @@ PLAIN: dict[str, Node] = {
     "feed_forward.down": "output.dense",
 }
 
+MODULES = {f"attention.attention.{name}": f"attention.{name[0]}_proj" for name in ("query", "key", "value")}
+MODULES |= {"attention.output.dense": "attention.o_proj"}
+LAYERS = MODULES | {"encoder.layer.": "layers.", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+
 
 def body(*parts: dict[str, Node]) -> dict[str, Node]:
     """The names of one layer's parts, with those outside the layers."""

@@ -2,7 +2,7 @@
 
 from headway.families._codecs import labels
 from headway.families._table import Family, Node, lead
-from headway.families._vision import ATTENTION, DROPOUTS, FIXED, PLAIN, body, heads, keys
+from headway.families._vision import ATTENTION, DROPOUTS, FIXED, LAYERS, PLAIN, body, heads, keys
 
 DISTILLATION: dict[str, Node] = {"embeddings.patches.registers": lead("embeddings.distillation_token")}
 
@@ -15,4 +15,5 @@ FAMILY = Family(
     weights=body(ATTENTION, PLAIN) | DISTILLATION,
     heads=heads("DeiT", "deit."),
     unread=("*pooler.*", "*mask_token"),
+    modules=LAYERS,
 )

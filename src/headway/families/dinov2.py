@@ -4,7 +4,7 @@ from headway.config import ModelConfig
 from headway.families._codecs import Raw
 from headway.families._encoder import BARE
 from headway.families._table import Family, Head, Key, Node, Special, choice
-from headway.families._vision import ATTENTION, DROPOUTS, FIXED, body, keys
+from headway.families._vision import ATTENTION, DROPOUTS, FIXED, MODULES, body, keys
 
 PARTS: dict[str, Node] = ATTENTION | {
     "attention_residual.before": "norm1",
@@ -41,4 +41,5 @@ FAMILY = Family(
     weights=body(PARTS),
     heads={"Dinov2Model": Head(BARE)},
     unread=("*mask_token",),
+    modules=MODULES,
 )

@@ -2,7 +2,7 @@
 
 from headway.families._codecs import labels
 from headway.families._table import Family
-from headway.families._vision import ATTENTION, DROPOUTS, FIXED, PLAIN, body, heads, keys
+from headway.families._vision import ATTENTION, DROPOUTS, FIXED, LAYERS, PLAIN, body, heads, keys
 
 FAMILY = Family(
     model_type="vit",
@@ -13,4 +13,5 @@ FAMILY = Family(
     weights=body(ATTENTION, PLAIN),
     heads=heads("ViT", "vit."),
     unread=("*pooler.*", "*mask_token"),
+    modules=LAYERS,
 )

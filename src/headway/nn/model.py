@@ -56,6 +56,9 @@ class Transformer(nn.Module):
         ConfigError: from the config, before any memory is taken.
     """
 
+    elsewhere: frozenset[str] = frozenset()  # names of tensors that lie in the files of a base, not in those of a run
+    base_sha256 = ""  # that base's hash
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -101,6 +104,10 @@ class Transformer(nn.Module):
         table = (self.decoder_embeddings or self.embeddings).tokens
         if self.config.embeddings.tied and isinstance(self.head, LanguageModelHead) and isinstance(table, nn.Embedding):
             self.head.output.weight = table.weight
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The state dict without what lies elsewhere: what a run's files hold."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.elsewhere}
 
     @property
     def ties(self) -> dict[str, str]:

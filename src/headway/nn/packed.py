@@ -12,12 +12,13 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headway.errors import ConfigError
 from headway.kernels import steps
 from headway.kernels.codes import CodedMatrix, block_format, from_blocks, to_blocks
 from headway.kernels.native import usable
@@ -130,6 +131,9 @@ class PackedLinear(_PackedModule):
         """(..., columns) -> (..., rows)."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product = _product(x)
+        if product is None and torch.is_grad_enabled() and x.requires_grad:
+            through: Tensor = _Through.apply(x, self, bias)  # type: ignore[no-untyped-call]
+            return through
         if product is None:
             return F.linear(x, self.packed.unpack().to(x.dtype), bias)
         scale = self._buffers["input_scale"]
@@ -138,6 +142,21 @@ class PackedLinear(_PackedModule):
         biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
         found = [product(x, part, some) for part, some in zip(parts, biases, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+class _Through(torch.autograd.Function):
+    """x W^T + b for a gradient to x, that unpacks W twice: kept in between, all weights would stand in floats."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.packed.unpack().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        dx = dy @ ctx.layer.packed.unpack().to(dy.dtype)
+        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db
 
 
 def _product(x: Tensor) -> Callable[[Tensor, CodedMatrix, Tensor | None], Tensor] | None:
@@ -184,7 +203,13 @@ def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor | Packed]:
-    """The state dict with one `L.weight` for each layer in codes; what is tied is one object."""
+    """The state dict with one `L.weight` for each layer in codes; what is tied is one object.
+
+    Raises ConfigError for a model with adapters beside its weights.
+    """
+    if any(hasattr(module, "low_rank") for module in model.modules()):
+        fix = "headway convert RUN DST --to headway --merge"
+        raise ConfigError("model", "adapters beside its weights", "plain weights", fix)
     state: dict[str, Tensor | Packed] = dict(model.state_dict())
     known: dict[int, Packed] = {}
     for name, module in model.named_modules():

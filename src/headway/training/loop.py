@@ -169,6 +169,7 @@ class Trainer:
         plain = {"train": self.train.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
         self._average = Average(self.model, self.train.ema) if self.train.ema is not None else None
         identity = {**self.source.identity, **({"teacher": self.teacher.hash} if self.teacher is not None else {})}
+        identity |= {"base": self.model.base_sha256} if self.model.base_sha256 else {}
         self._state = RunState(
             self._parallel, self._updater, self.config or plain, identity, dtype, self.device, self._average
         )

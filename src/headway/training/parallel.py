@@ -123,9 +123,9 @@ class Parallel:
     def state(self) -> dict[str, Tensor]:
         """The model's weights by name, as a checkpoint takes them; of shares a tied one stands there once."""
         if not self.is_sharded:
-            return dict(self.model.state_dict())
+            return self.model.own_state()
         ties, parameters = self.model.ties, dict(self.model.named_parameters())
-        held = {name: tensor for name, tensor in self.model.state_dict().items() if name not in ties}
+        held = {name: tensor for name, tensor in self.model.own_state().items() if name not in ties}
         return {n: exported(local(p), p) if (p := parameters.get(n)) is not None else t for n, t in held.items()}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, Unpack, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway import files
 from headway.checkpoints.folder import WEIGHTS, Found, SaveOptions, checkpoint_path, save_checkpoint
@@ -28,6 +28,7 @@ from headway.checkpoints.shards import SHARED_HASH, read_group, write_shares
 from headway.checkpoints.state import flatten_state, unflatten_state
 from headway.checkpoints.tensors import tensor_hash
 from headway.errors import ConfigError, InputError
+from headway.nn import Transformer
 from headway.run_config import WHOLE
 from headway.strict import dump_json, strict_json
 from headway.training.averaging import Average, shown
@@ -223,10 +224,10 @@ def restore_random(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors into a model, or this process's parts. Raises InputError for a missing or misshaped one too many."""
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.own_state().items()}
     given = getattr(tensors, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [name for name in sorted({*wanted, *given}) if wanted.get(name) != given.get(name)]
     if wrong:
