@@ -23,6 +23,7 @@ from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.recipe import Facts, Trial
 from headway.training.teaching import Teacher
 from headway.training.windows import special_tokens_for
+from headway.tuning.adapters import chosen
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -113,7 +114,11 @@ class Where:
         if self.run.base is None:
             return None
         tuning = self.run.tuning
-        return _load_base(self.run.base, "base", None if tuning is None or tuning.base_dtype == "stored" else "float32")
+        if tuning is None:
+            return _load_base(self.run.base, "base")
+        loaded = _load_base(self.run.base, "base", None if tuning.base_dtype == "stored" else "float32")
+        chosen(loaded.model, tuning.targets)  # which refuses what is in no layer
+        return loaded
 
     @cached_property
     def teacher(self) -> Teacher | None:

@@ -89,6 +89,8 @@ def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: S
     Raises ConfigError, InputError, MachineError.
     """
     where = Where(run, folder, resuming and bool(list_checkpoints(folder)), dry_run, say, progress)
+    if run.tuning is not None:
+        assert where.base is not None  # looked at before the data, which may take long
     made = _material(where)
     if run.train.batch_tokens is not None and made.facts.batches is None:
         kind = {"tokens": "windows"}.get(made.unit, made.unit)

@@ -1,0 +1,78 @@
+"""`headway tune`: from a published model to a run, an adapter's folder and merged weights that answer the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_loading import logits, published
+
+import headway
+from headway import saving
+from headway.tuning import adapters, peft_folder
+
+RUN = ["tuning.rank=2", "train.steps=4", "train.lr=0.01", "train.batch_size=2", "train.threads=1", "--output", "run"]
+RUN += ["train.sample_tokens=0", "train.eval_windows=2", "data.context=16", "data.val_fraction=0.3"]
+
+
+@pytest.fixture
+def tuned(command, tmp_path: Path) -> Path:
+    published(tmp_path / "model", "LlamaForCausalLM")
+    Path("text.txt").write_text("".join(f"Line {number} of the text that is learned.\n\n" for number in range(300)))
+    assert command("tune", "model", "data.path=text.txt", *RUN).code == 0
+    return Path("run")
+
+
+def test_every_form_of_it_answers_the_same(command, tuned: Path) -> None:
+    loaded, base = headway.load(tuned), headway.load("model")
+    assert loaded.family == "llama" and loaded.base == "model"
+    assert (logits(loaded) - logits(base)).abs().max() > 1e-3
+    said = command("convert", "run", "adapter", "--to", "peft", "--json").json
+    assert (said["form"], said["family"]) == ("peft", "llama") and said["bytes"] < 100_000
+    peft_folder.read(base.model, Path("adapter"), saving.plan_of(base), base_sha256=base.weights_sha256)
+    assert torch.equal(logits(base), logits(loaded))
+    for form, place in (("hf", "merged"), ("gguf", "merged.gguf"), ("headway", "merged-run")):
+        assert command("convert", "run", place, "--to", form, "--merge").code == 0
+        merged = headway.load(place)
+        assert not adapters.names(merged.model)
+        # Two thin products in one sum with the weight's, in float32.
+        assert (logits(merged) - logits(loaded)).abs().max() < 1e-5 * logits(loaded).abs().max()
+    assert "adapters on model" in command("inspect", "run").out
+
+
+def test_what_it_refuses(command, tuned: Path) -> None:
+    """Each by one line, and nothing is written."""
+    for words, found in (
+        (["tune", "data.path=text.txt"], "PATH: no model"),
+        (["tune", "model", "other", "data.path=text.txt"], "PATH: 2 models"),
+        (
+            ["tune", "model", "data.path=text.txt", "tuning.targets=query", "--output", "x"],
+            "'query', which is in no",
+        ),
+        (["train", "data.path=text.txt", "tuning.rank=2", "--output", "x"], "adapters, and no model to put them on"),
+        (["convert", "run", "out", "--to", "hf"], "adapters beside its weights"),
+        (["quantize", "run", "out", "--to", "int8", "--data", "text.txt"], "adapters beside its weights"),
+        (["convert", "model", "out", "--to", "hf", "--merge"], "a model without adapters"),
+        (["convert", "model", "out", "--to", "peft"], "0 adapters"),
+    ):
+        said = command(*words)
+        assert said.code == 2 and found in said.err.splitlines()[-1], (words, said.err)
+    assert not Path("out").exists() and not Path("x").exists()
+
+
+@pytest.mark.fault("L1")
+def test_the_base_is_looked_for_and_compared(command, tuned: Path) -> None:
+    """Moved away, or with other weights: the run says which base it needs."""
+    before = logits(headway.load(tuned))
+    Path("model").rename("elsewhere")
+    said = command("generate", "run", "--prompt", "a")
+    assert said.code == 3 and "model" in said.err
+    other = headway.load("elsewhere")
+    other.model.decoder.norm.weight.data += 0.1
+    saving.save(other, "model", "hf")
+    said = command("generate", "run", "--prompt", "a")
+    assert said.code == 3 and "base: model with weights" in said.err and "those in training" in said.err
+    headway.files.remove_tree(Path("model"))
+    Path("elsewhere").rename("model")
+    assert torch.equal(logits(headway.load(tuned)), before)
