@@ -6,8 +6,9 @@ Hugging Face folder, the magic GGUF a GGUF file. Saving in another form is `savi
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,14 +128,27 @@ def load(
     place, dtype = Path(path), dtype_of(dtype)
     _check_device(device)
     form = form_of(place)
-    if form == "run":
-        loaded = _load_run(place, dtype, force_tokenizer=force_tokenizer)
-    elif form == "hf":
-        loaded = _load_folder(place, dtype, tower, allow_nonfinite=allow_nonfinite)
-    else:
-        loaded = _load_gguf(place, dtype, allow_nonfinite=allow_nonfinite)
+    with _few_threads():
+        if form == "run":
+            loaded = _load_run(place, dtype, force_tokenizer=force_tokenizer)
+        elif form == "hf":
+            loaded = _load_folder(place, dtype, tower, allow_nonfinite=allow_nonfinite)
+        else:
+            loaded = _load_gguf(place, dtype, allow_nonfinite=allow_nonfinite)
     loaded.model.to(device)
     return loaded
+
+
+@contextlib.contextmanager
+def _few_threads() -> Iterator[None]:
+    """A quarter of the threads: loading is thousands of small steps, after each of which threads wait for one another,
+    and beside a busy process two of them take ten times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before // 4, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -131,7 +131,7 @@ class _Metadata:
     def array(self, name: str, kind: type | tuple[type, ...], length: int | None = None) -> list[Any]:
         """A list of values of one type; empty where the file has none."""
         values = cast("list[Any] | None", field(self._all, _PREFIX + name, (list, type(None)), self.where)) or []
-        if not all(isinstance(value, kind) for value in values):
+        if not all(issubclass(found, kind) for found in set(map(type, values))):
             raise InputError(f"{self.where} {_PREFIX}{name}", "values of another type", f"{kind}")
         if values and length not in (None, len(values)):
             raise InputError(f"{self.where} {_PREFIX}{name}", f"{len(values)} values", f"{length}, one a token")

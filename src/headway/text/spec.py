@@ -186,7 +186,10 @@ def _check_merges(model: dict[str, object], vocab: dict[str, int], place: str) -
         raise InputError(f"{place}.dropout", f"{model['dropout']!r:.40}", "null: a text has one encoding")
     # The library cuts the prefix off each right part without looking: a part without it aborts the process.
     prefix = str(field(model, "continuing_subword_prefix", (str, type(None)), place) or "")
-    for number, merge in enumerate(cast("list[object]", field(model, "merges", list, place))):
+    merges = cast("list[object]", field(model, "merges", list, place))
+    if not prefix and merge_parts(merges) <= vocab.keys():
+        return
+    for number, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or str(pair[0]) not in vocab or str(pair[1]) not in vocab:
             found = f"{merge!r:.80}"
@@ -194,6 +197,15 @@ def _check_merges(model: dict[str, object], vocab: dict[str, int], place: str) -
         if not str(pair[1]).startswith(prefix):
             found = f"{merge!r:.80} with continuing_subword_prefix {prefix[:40]!r}"
             raise InputError(f"{place}.merges[{number}]", found, "a right part that begins with it")
+
+
+def merge_parts(merges: list[object]) -> set[str | None]:
+    """All parts of merges `left right`; None among them where one is of another form. There are tens of thousands."""
+    if set(map(type, merges)) != {str}:
+        return {None} if merges else set()
+    texts = cast("list[str]", merges)
+    parts: set[str | None] = set(" ".join(texts).split(" "))
+    return parts if all(text.count(" ") == 1 for text in texts) else {None}
 
 
 def _added_entries(tree: dict[str, object], vocab: dict[str, int], where: str) -> list[dict[str, object]]:
@@ -226,8 +238,11 @@ def _added(entry: dict[str, object], where: str) -> Added:
 
 def _check_ids(vocab: dict[str, int], added: Iterable[Added], where: str) -> None:
     """Ids are distinct, and so nearly dense that a model of this size is justified by the file."""
-    owner: dict[int, str] = {}
-    for content, token_id in [*vocab.items(), *((token.content, token.id) for token in added)]:
+    owner = dict(zip(vocab.values(), vocab, strict=True))
+    pairs = [(token.content, token.id) for token in added]
+    if len(owner) < len(vocab):  # only then does it matter which two share an id
+        owner, pairs = {}, [*vocab.items(), *pairs]
+    for content, token_id in pairs:
         other = owner.setdefault(token_id, content)
         if other != content:
             raise InputError(where, f"id {token_id} belongs to {other[:40]!r} and {content[:40]!r}", "one token")

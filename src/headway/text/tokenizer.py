@@ -30,7 +30,7 @@ from headway.text.formats import FILE, beside_files, chat_template, find_tokeniz
 from headway.text.normalization import literals, normalization
 from headway.text.pieces import PIECE, WHOLE, pieces, safe_cuts
 from headway.text.sentencepiece import byte_piece
-from headway.text.spec import Kind, Spec, empty_tree, read_spec
+from headway.text.spec import Kind, Spec, empty_tree, merge_parts, read_spec
 
 _BATCH = 1 << 21  # characters given to the library at once: bounds the memory of its results
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -360,10 +360,13 @@ def _unreachable(spec: Spec, unk_id: int | None) -> tuple[dict[str, object], dic
         model["byte_fallback"] = False
         hidden += map(byte_piece, range(256))
     names = {content: f"\ufdd0{secrets.token_hex(16)}" for content in hidden if content in spec.vocab}
-    if isinstance(model.get("merges"), list):
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in cast("list[str]", model["merges"])]
-        kept = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
+    merges = model.get("merges")
+    if isinstance(merges, list):
         single = any(len(name) == 1 for name in names)
+        if not single and not model.get("ignore_merges") and _merges_avoid(merges, names):
+            return spec.tree, {}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in cast("list[str]", merges)]
+        kept = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
         if len(kept) == len(pairs) and not single and not model.get("ignore_merges"):
             return spec.tree, {}
         model["merges"] = kept
@@ -378,6 +381,15 @@ def _unreachable(spec: Spec, unk_id: int | None) -> tuple[dict[str, object], dic
     added = [{**entry, "content": names.get(str(entry["content"]), entry["content"])} for entry in entries]
     tree = {**spec.tree, "model": model, "added_tokens": added, "post_processor": None}
     return tree, {spec.vocab[content]: content for content in names}
+
+
+def _merges_avoid(merges: list[object], names: Iterable[str]) -> bool:
+    """Whether no merge has one of these names as a part, or makes it: seen without taking each apart."""
+    parts = merge_parts(merges)
+    if None in parts or not parts.isdisjoint(names):
+        return False
+    made = (f"{name[:at]} {name[at:]}" for name in names for at in range(1, len(name)))
+    return set(merges).isdisjoint(made)
 
 
 @contextmanager
