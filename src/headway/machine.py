@@ -137,6 +137,19 @@ def memory() -> tuple[int, int]:
     return total, available
 
 
+def peak_bytes() -> int:
+    """Most memory that this process has held at once, from its own beginning on.
+
+    Not getrusage's ru_maxrss, which begins with that of the process that started it; that where there is no /proc.
+    """
+    told = next((line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM:")), None)
+    if told is not None:
+        return int(told) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()

@@ -45,10 +45,10 @@ class Options(Common):
         """Prompts at once."""
         return self.batch_size or WHAT[self.paths[0]][0]
 
-    @property
-    def length(self) -> int:
-        """Tokens of a prompt."""
-        return self.prompt_tokens or WHAT[self.paths[0]][1]
+    def length(self, context: int) -> int:
+        """Tokens of a prompt: those asked for, or as many as fit into a context beside what is written."""
+        new = 1 if self.paths[0] == "prefill" else self.new_tokens
+        return self.prompt_tokens or max(min(WHAT[self.paths[0]][1], context - new), 1)
 
 
 def run(options: Options) -> None:
@@ -107,13 +107,14 @@ def _decode(printer: Printer, loaded: Loaded, options: Options, limits: Probe) -
     from headway.generation.prompts import check_can_generate
     from headway.generation.speed import measure
     from headway.launch import Phase
+    from headway.machine import peak_bytes
 
     check_can_generate(loaded.config)
     with Display() as display:
         speed = measure(
             loaded.model,
             loaded.words,
-            prompt_tokens=options.length,
+            prompt_tokens=options.length(loaded.config.max_len),
             new_tokens=options.new_tokens,
             batch=options.rows,
             rounds=options.rounds,
@@ -122,14 +123,7 @@ def _decode(printer: Printer, loaded: Loaded, options: Options, limits: Probe) -
     read = speed.decode_tokens_per_second / options.rows * speed.bytes_per_step
     share = read / limits.bandwidth
     _show_decode(printer, speed, read, limits.bandwidth)
-    return {**speed._asdict(), "bytes_per_second": read, "share_of_bandwidth": share, "peak_memory": _peak()}
-
-
-def _peak() -> int:
-    """Bytes that this process has held at once."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**speed._asdict(), "bytes_per_second": read, "share_of_bandwidth": share, "peak_memory": peak_bytes()}
 
 
 def _show_decode(printer: Printer, speed: Speed, read: float, bandwidth: float) -> None:
@@ -151,13 +145,14 @@ def _compared(printer: Printer, loaded: Loaded, options: Options, names: list[st
     from headway import peers
     from headway.cli.display import Display
     from headway.launch import Phase
+    from headway.machine import peak_bytes
 
     what, work = options.paths[0], _work(loaded, options)
     with tempfile.TemporaryDirectory(prefix="headway-bench-") as place:
         given = peers.Given(loaded, Path(place), torch.get_num_threads())
         ourselves = peers.Headway(given)
         peers.rate(what, ourselves, work)
-        peak = _peak()
+        peak = peak_bytes()
         asked, absent = peers.opened(names, what, given)
         for name, reason in absent.items():
             note(f"note: {name} {reason}")
@@ -200,8 +195,9 @@ def _work(loaded: Loaded, options: Options) -> Work:
         return Work(texts=_texts(options.texts))
     check_can_generate(loaded.config)
     new = 1 if options.paths[0] == "prefill" else options.new_tokens
-    check_lengths(loaded.config, options.length, new)
-    return Work(drawn(loaded.model, loaded.words, options.rows, options.length), new)
+    length = options.length(loaded.config.max_len)
+    check_lengths(loaded.config, length, new)
+    return Work(drawn(loaded.model, loaded.words, options.rows, length), new)
 
 
 def _texts(path: Path | None) -> list[str]:
@@ -226,7 +222,7 @@ def _operations(loaded: Loaded, options: Options, work: Work) -> float:
     from headway.evaluation.embed import longest_text
 
     if not work.texts:
-        return cost.forward_flops(loaded.config, options.length)
+        return cost.forward_flops(loaded.config, options.length(loaded.config.max_len))
     longest = longest_text(loaded.config)
     lengths = [min(len(ids), longest) for ids in loaded.words.encode_batch(list(work.texts))]
     return sum(n * cost.forward_flops(loaded.config, max(n, 1)) for n in lengths) / len(lengths)
