@@ -192,6 +192,7 @@ def test_rows_of_a_table_are_its_twin_to_the_last_bit(level: str, matrix: CodedM
         found = steps.rows(matrix, ids)
         with pytest.raises(IndexError, match=f"of {matrix.shape[0]}"):
             steps.rows(matrix, torch.tensor([0, matrix.shape[0]]))
+        assert torch.equal(steps.unpacked(matrix), matrix.weights())
     assert torch.equal(found, matrix.rows(ids))
     assert torch.equal(found, matrix.weights()[ids])
 

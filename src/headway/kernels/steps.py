@@ -137,6 +137,13 @@ def rows(matrix: CodedMatrix, ids: Tensor) -> Tensor:
     return out
 
 
+def unpacked(matrix: CodedMatrix) -> Tensor:
+    """W in float32, (R, C), to the last bit as its twin `CodedMatrix.weights` has it."""
+    if not usable() or not matrix.codes.is_cpu:
+        return matrix.weights()
+    return rows(matrix, torch.arange(matrix.shape[0]))
+
+
 class Buffers:
     """Memory that steps point to, kept as long as this is."""
 

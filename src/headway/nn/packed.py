@@ -78,7 +78,7 @@ class Packed(NamedTuple):
 
     def unpack(self) -> Tensor:
         """The matrix in float32, (rows, columns)."""
-        parts = [part.weights() for _, part in self.parts]
+        parts = [steps.unpacked(part) for _, part in self.parts]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if self.input_scale is None else whole * self.input_scale
 
