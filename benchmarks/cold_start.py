@@ -57,11 +57,18 @@ LOAD = "import torch, headway; loaded = headway.load({path!r}, dtype={dtype})\n"
 
 
 def timed(code: str) -> tuple[float, list[str]]:
-    began = time.perf_counter()
+    """Seconds until it prints its first line, which is when a token is there, and all that it prints."""
     # As for a user's second call: modules are compiled already, also where this shell forbids to keep them.
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=kept)
-    return time.perf_counter() - began, done.stdout.split("\n")
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-uc", code], stdout=subprocess.PIPE, text=True, env=kept) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        seconds = time.perf_counter() - began
+        rest = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(f"a process ended with {process.returncode}")
+    return seconds, (first + rest).split("\n")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headway.kernels.ggml import BLOCKS, WRITABLE, pack_codes, unpack_blocks
+from headway.kernels.ggml import BLOCKS, PAIRED, WRITABLE, pack_codes, pairs, unpack_blocks
 
 ROWS = 16  # of W, side by side
 UNROLLED = 1 << 22  # weights at a time while packing
@@ -109,13 +109,18 @@ class Codes(NamedTuple):
 def lay_out(plain: Codes, bits: int, chunk: int, group: int) -> CodedMatrix:
     """Codes row by row -> sixteen rows side by side."""
     R, C = plain.codes.shape
-    rows = F.pad(plain.codes, (0, -C % chunk, 0, -R % ROWS)).view(
-        -(-R // ROWS), ROWS, -(-C // chunk), -1, chunk // 4, 4
-    )
+    rows = F.pad(plain.codes, (0, -C % chunk)).view(R, -(-C // chunk), chunk)
     if bits == 4:
-        first, second = rows.view(*rows.shape[:3], 2, chunk // 8, 4).unbind(3)
-        rows = (first | second << 4)[:, :, :, None]
-    codes = rows[:, :, :, 0].permute(0, 2, 3, 1, 4).contiguous()
+        first, second = rows.chunk(2, 2)
+        rows = first | second << 4
+    return _beside(rows, plain, (R, C), bits, chunk, group)
+
+
+def _beside(rows: Tensor, plain: Codes, shape: tuple[int, int], bits: int, chunk: int, group: int) -> CodedMatrix:
+    """Sixteen rows side by side, of bytes (R, C/chunk, bytes of a chunk) and the numbers of `plain`."""
+    R, C = shape
+    rows = F.pad(rows, (0, 0, 0, 0, 0, -R % ROWS)).view(-(-R // ROWS), ROWS, -(-C // chunk), -1, 4)
+    codes = rows.permute(0, 2, 3, 1, 4).contiguous()
 
     def beside(numbers: Tensor | None) -> Tensor | None:
         if numbers is None:
@@ -162,17 +167,24 @@ def from_blocks(kind: str, raw: Tensor) -> CodedMatrix:
     step = max(UNROLLED // C // ROWS, 1) * ROWS
     out: CodedMatrix | None = None
     for start in range(0, R, step):
-        found = unpack_blocks(kind, raw[start : start + step])
-        codes = found.codes.reshape(-1, C)
-        if form.zero is not None:
-            codes = codes.view(torch.uint8) + form.zero  # signed ones, in the arithmetic of bytes
-        minima = None if found.minimum is None else found.minimum.reshape(len(codes), -1).to(dtype)
-        plain = Codes(codes, found.scale.reshape(len(codes), -1).to(dtype), minima, form.zero or 0)
-        part = lay_out(plain, form.bits, min(form.group, 32), form.group)
+        some = raw[start : start + step]
+        # Their halves of bytes are those of our chunks: nothing has to be taken apart.
+        found = pairs(kind, some) if kind in PAIRED else unpack_blocks(kind, some)
+        scales = found.scale.reshape(len(some), -1).to(dtype)
+        minima = None if found.minimum is None else found.minimum.reshape(len(some), -1).to(dtype)
+        plain = Codes(found.codes, scales, minima, form.zero or 0)
+        if kind in PAIRED:
+            rows = found.codes.view(len(some), C // form.group, -1)
+            part = _beside(rows, plain, (len(some), C), form.bits, form.group, form.group)
+        else:
+            codes = found.codes.reshape(-1, C)
+            if form.zero is not None:
+                codes = codes.view(torch.uint8) + form.zero  # signed ones, in the arithmetic of bytes
+            part = lay_out(plain._replace(codes=codes), form.bits, min(form.group, 32), form.group)
         out = _room(part, R) if out is None else out
-        for whole, some in ((out.codes, part.codes), (out.scales, part.scales), (out.minima, part.minima)):
-            if whole is not None and some is not None:
-                whole[start // ROWS : start // ROWS + len(some)] = some
+        for whole, piece in ((out.codes, part.codes), (out.scales, part.scales), (out.minima, part.minima)):
+            if whole is not None and piece is not None:
+                whole[start // ROWS : start // ROWS + len(piece)] = piece
     assert out is not None
     return out
 

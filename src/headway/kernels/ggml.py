@@ -150,6 +150,16 @@ def unpack_blocks(kind: str, raw: Tensor) -> Unpacked:
     return _UNPACK[kind](raw.reshape(-1, BLOCKS[kind].bytes))
 
 
+PAIRED = {"Q4_0": 2, "Q4_1": 4}
+"""Formats whose code i and code i + 16 share a byte, unsigned, and where the 16 bytes of a block begin."""
+
+
+def pairs(kind: str, raw: Tensor) -> Unpacked:
+    """As `unpack_blocks` of a PAIRED format, with two codes a byte as they are in the file."""
+    blocks, start = raw.reshape(-1, BLOCKS[kind].bytes), PAIRED[kind]
+    return Unpacked(blocks[:, start:].contiguous(), _half(blocks, 0), _half(blocks, 1) if start == 4 else None)
+
+
 def dequantize(kind: str, raw: Tensor, out: Tensor | None = None) -> Tensor:
     """Packed rows as float32.
 
