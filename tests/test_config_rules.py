@@ -114,6 +114,7 @@ RUN_EXAMPLES: list[tuple[tuple[str, str], dict[str, Any]]] = [
     (("base", "model"), {"base": "a", "model": {"d_model": 64, "n_heads": 1}}),
     (("base", "preset"), {"base": "a", "preset": "gpt2"}),
     (("tuning", "base"), {"tuning": {"rank": 4}}),
+    (("tuning", "train.tensor_parallel"), {"base": "a", "tuning": {"rank": 4}, "train": {"tensor_parallel": 2}}),
     (("tokenizer.path", "tokenizer.kind"), {"tokenizer": {"path": "tokenizer.json", "kind": "bpe"}}),
     (("model.depth", "model"), {"model": {"depth": 4, "d_model": 64}}),
     (("model.depth", "model"), {"model": {"depth": 4, "n_layers": 4}}),

@@ -301,6 +301,7 @@ def _load_tuned(found: FoundRun, run: RunConfig, tokenizer: Tokenizer | None, dt
         tokenizer=tokenizer,
         config=config,
         path=found.folder,
+        form="run",
         architecture=base.architecture if is_same or not base.family else _class_of(base.family, config),
         step=found.manifest.step,
         notes=[*base.notes, *found.notes],

@@ -348,6 +348,13 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda r: "base=MODEL",
     ),
     Rule(
+        ("tuning", "train.tensor_parallel"),
+        lambda r: r.tuning is not None and r.train.tensor_parallel > 1,
+        lambda r: f"adapters, and layers shared out among {r.train.tensor_parallel} processes",
+        "whole layers in each process",
+        lambda r: "train.tensor_parallel=1",
+    ),
+    Rule(
         ("base", "preset"),
         lambda r: r.base is not None and r.preset is not None,
         lambda r: f"a model to train further ({r.base}) and the form of a new one ({r.preset})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from test_loading import logits, published
 
 import headway
 from headway import saving
+from headway.checkpoints.folder import newest_good
+from headway.checkpoints.tensors import read_tensors
 from headway.tuning import adapters, peft_folder
 
 RUN = ["tuning.rank=2", "train.steps=4", "train.lr=0.01", "train.batch_size=2", "train.threads=1", "--output", "run"]
@@ -76,3 +79,19 @@ def test_the_base_is_looked_for_and_compared(command, tuned: Path) -> None:
     headway.files.remove_tree(Path("model"))
     Path("elsewhere").rename("model")
     assert torch.equal(logits(headway.load(tuned)), before)
+
+
+def test_a_new_head_is_trained_whole_beside_the_adapters(command, tmp_path: Path) -> None:
+    """Classes for a decoder that had none: the run holds the head, and answers with the classes' names."""
+    published(tmp_path / "model", "LlamaForCausalLM")
+    rows = [{"text": f"{word} {number}", "label": word} for number in range(40) for word in ("red", "blue")]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["tuning.rank=2", "tuning.dora=true", "train.steps=30", "train.lr=0.02", "train.threads=1"]
+    assert command("tune", "model", "data.path=rows.jsonl", *more, "--output", "run").code == 0
+    assert headway.load("run").config.head.type == "sequence-classification"
+    held = read_tensors(newest_good(Path("run")).path / "model.safetensors")
+    assert {name for name in held if "low_rank" not in name} == {"head.output.weight", "head.output.bias"}
+    said = command("eval", "run", "--data", "rows.jsonl", "--json").json
+    assert said["accuracy"]["value"] > 0.9
+    assert command("convert", "run", "merged", "--to", "headway", "--merge").code == 0
+    assert command("eval", "merged", "--data", "rows.jsonl", "--json").json["accuracy"] == said["accuracy"]
