@@ -51,11 +51,11 @@ def clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def options(description: str, **defaults: int) -> argparse.Namespace:
-    """The integer options of a benchmark, plus --threads."""
+def options(description: str, **defaults: int | str) -> argparse.Namespace:
+    """The options of a benchmark, each of its default's type, plus --threads."""
     parser = argparse.ArgumentParser(description=description)
     for name, value in {"threads": os.cpu_count() or 1, **defaults}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     return parsed

@@ -175,6 +175,20 @@ def test_what_has_to_look_is_not_recorded(form: str, traces: list[Any]) -> None:
     assert not traces and not any(isinstance(program, Recorded) for program in cache.programs.values())
 
 
+@torch.no_grad()
+def test_a_device_that_refuses_to_record_is_told_of_and_lived_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(step: Step) -> Step:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, ids = in_codes(ModelConfig(**{**SIZES, **FORMS["llama"]})), torch.randint(50, (2, 14))
+    with twins_only():
+        known, _ = written(model, ids, 6)
+        monkeypatch.setitem(recorded.RECORDERS, "cpu", refuse)
+        with pytest.warns(RuntimeWarning, match="cannot be recorded: operation not permitted") as said:
+            found, _ = written(model, ids, 6)
+    assert len(said) == 1 and gap(found, known) < 1e-5
+
+
 def test_the_blindfold_sees_a_look() -> None:
     """The control of the tests above."""
     with Blindfold(), pytest.raises(AssertionError, match="looks at the data"):

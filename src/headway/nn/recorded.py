@@ -11,6 +11,7 @@ the length.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,8 @@ RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
 class Recorded:
     """The next token of each row of a cache over its first `shown` columns: (B, 1) ids -> states and logits.
 
-    The first token is run as it is, which warms up whatever the device prepares; the second is recorded.
+    The first token is run as it is, which warms up whatever the device prepares; the second is recorded. Where a device
+    refuses to record an operation, a warning says which, and every token is run as the first was.
     """
 
     def __init__(self, model: Transformer, cache: Cache, shown: int) -> None:
@@ -64,7 +66,11 @@ class Recorded:
         """Append a token to each row."""
         self._ids.copy_(ids)
         if self._is_warm and self._replay is None:
-            self._replay = RECORDERS[self._ids.device.type](self._step)
+            try:
+                self._replay = RECORDERS[self._ids.device.type](self._step)
+            except RuntimeError as error:
+                warnings.warn(f"a token cannot be recorded: {error}", RuntimeWarning, stacklevel=2)
+                self._replay = self._step
         hidden, logits = (self._replay or self._step)()
         self._is_warm = True
         self._cache.advance()
