@@ -37,7 +37,8 @@ def ours(rank: int, dtype: str | None) -> Step:
     base = headway.load(smollm2(), dtype=dtype)
     model = tuned(base.model.float(), base.config, LowRankTuning(rank=rank), "")
     trained = [p for p in model.parameters() if p.requires_grad]
-    return stepping(lambda ids: model.loss(ids, input_ids=ids), trained)
+    # transformers shifts its labels itself, and computes the last place for nothing.
+    return stepping(lambda ids: model.loss(ids[:, 1:].contiguous(), input_ids=ids[:, :-1]), trained)
 
 
 def theirs(rank: int, folder: Path) -> Step:
