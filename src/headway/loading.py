@@ -266,8 +266,8 @@ def _load_run(place: Path, dtype: torch.dtype | None, *, force_tokenizer: bool) 
     )
 
 
-def load_base(name: str, dtype: str | None) -> Loaded:
-    """A model to train further; by default codes stay codes, and floats become float32, which steps compute with."""
+def load_base(name: str, dtype: str) -> Loaded:
+    """A model to train further; `stored`, codes stay codes, and floats become float32, which steps compute with."""
     loaded = load(resolve(name), dtype=dtype)
     loaded.model.float()
     return loaded
@@ -279,7 +279,7 @@ def _load_tuned(found: FoundRun, run: RunConfig, tokenizer: Tokenizer | None, dt
     Raises InputError: the base is not there, or another one than in training.
     """
     assert run.tuning is not None and run.base is not None
-    base = load_base(run.base, None if run.tuning.base_dtype == "stored" else "float32")
+    base = load_base(run.base, run.tuning.base_dtype)
     config, identity = read_model_config(found.run), found.manifest.meta.get("identity")
     trained = identity.get("base") if isinstance(identity, dict) else None
     if trained != base.weights_sha256:

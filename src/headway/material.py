@@ -23,7 +23,6 @@ from headway.training.objectives import BatchSource, TrainingBatch
 from headway.training.recipe import Facts, Trial
 from headway.training.teaching import Teacher
 from headway.training.windows import special_tokens_for
-from headway.tuning.adapters import chosen
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -114,11 +113,7 @@ class Where:
         if self.run.base is None:
             return None
         tuning = self.run.tuning
-        if tuning is None:
-            return _load_base(self.run.base, "base")
-        loaded = _load_base(self.run.base, "base", None if tuning.base_dtype == "stored" else "float32")
-        chosen(loaded.model, tuning.targets)  # which refuses what is in no layer
-        return loaded
+        return _load_base(self.run.base, "base", "float32" if tuning is None else tuning.base_dtype)
 
     @cached_property
     def teacher(self) -> Teacher | None:
@@ -135,7 +130,7 @@ class Where:
         return teacher
 
 
-def _load_base(name: str, key: str, dtype: str | None = "float32") -> loading.Loaded:
+def _load_base(name: str, key: str, dtype: str = "float32") -> loading.Loaded:
     loaded = loading.load_base(name, dtype)
     loading.check_pixels(loaded, key)
     return loaded

@@ -73,6 +73,7 @@ from headway.training.windows import (
     target_of,
     window_of,
 )
+from headway.tuning.adapters import chosen
 
 Evaluation = Callable[[ModelConfig, RunConfig], Iterable[TrainingBatch]]
 CONTEXT = 512
@@ -89,8 +90,10 @@ def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: S
     Raises ConfigError, InputError, MachineError.
     """
     where = Where(run, folder, resuming and bool(list_checkpoints(folder)), dry_run, say, progress)
-    if run.tuning is not None:
-        assert where.base is not None  # looked at before the data, which may take long
+    if run.tuning is not None and where.base is not None:
+        chosen(
+            where.base.model, run.tuning.targets
+        )  # refuses what is in no layer, before the data, which may take long
     made = _material(where)
     if run.train.batch_tokens is not None and made.facts.batches is None:
         kind = {"tokens": "windows"}.get(made.unit, made.unit)

@@ -37,7 +37,7 @@ from headway.loading import (
     Loaded,
     class_names,
 )
-from headway.nn.packed import Packed, unpacked, weights_of
+from headway.nn.packed import Packed, check_plain, unpacked, weights_of
 from headway.text.gguf_vocab import TYPES, to_gguf
 from headway.text.sentencepiece import UNUSED
 from headway.tuning import adapters, peft_folder
@@ -76,7 +76,7 @@ def save(
         raise ConfigError("--merge", "a model without adapters", "one that was tuned, or no --merge")
     if form == "peft":
         return _save_adapter(loaded, place, overwrite=overwrite)
-    weights_of(loaded.model)  # which refuses adapters that would be left out
+    check_plain(loaded.model)
     if form == "headway" and dtype is None:
         return _save_run(loaded, loaded.model.state_dict(), place, None)
     if form == "gguf":
@@ -139,6 +139,8 @@ def _save_adapter(loaded: Loaded, place: Path, *, overwrite: bool) -> Path:
     names = adapters.names(loaded.model)
     if len(names) != 1:
         raise ConfigError("--to peft", f"{len(names)} adapters", "a model with one", "headway tune")
+    if loaded.model.elsewhere and any("low_rank" not in name for name in loaded.model.own_state()):
+        raise ConfigError("--to peft", "a head trained beside the adapters", "adapters alone", "--to headway --merge")
     model, where = loaded.model, {"base": loaded.base, "base_sha256": loaded.model.base_sha256}
     return peft_folder.write(model, place, plan_of(loaded), name=names[0], overwrite=overwrite, **where)
 

@@ -91,6 +91,8 @@ def test_a_new_head_is_trained_whole_beside_the_adapters(command, tmp_path: Path
     assert headway.load("run").config.head.type == "sequence-classification"
     held = read_tensors(newest_good(Path("run")).path / "model.safetensors")
     assert {name for name in held if "low_rank" not in name} == {"head.output.weight", "head.output.bias"}
+    alone = command("convert", "run", "adapter", "--to", "peft")
+    assert alone.code == 2 and "a head trained beside the adapters" in alone.err and not Path("adapter").exists()
     said = command("eval", "run", "--data", "rows.jsonl", "--json").json
     assert said["accuracy"]["value"] > 0.9
     assert command("convert", "run", "merged", "--to", "headway", "--merge").code == 0

@@ -20,6 +20,7 @@ from headway.nn.packed import Packed, exact
 from headway.run_config import LowRankTuning
 from headway.tuning import adapters, peft_folder
 from headway.tuning.low_rank import Adapted, LowRank, Rows
+from headway.tuning.tuned import tuned
 
 SIZES: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 16, "d_ff": 64}
 SIZES |= {"vocab_size": 50, "max_len": 40, "norm": "rmsnorm", "feed_forward": "swiglu"}
@@ -192,6 +193,17 @@ def test_magnitudes_stand_alone() -> None:
     found = model(**inputs).logits
     adapters.merge(model)
     assert gap(model(**inputs).logits, found) < 1e-5 < 0.01 < gap(found, plain)
+
+
+def test_a_head_of_other_classes_is_new() -> None:
+    """Its type alone does not tell: three classes where the base has two."""
+    head = {"type": "sequence-classification", "labels": 2}
+    base = Transformer(ModelConfig(**{**SIZES, "kind": "encoder", "head": head})).eval()
+    for labels, is_new in ((2, False), (3, True)):
+        config = ModelConfig(**{**SIZES, "kind": "encoder", "head": {**head, "labels": labels}})
+        model = tuned(base, config, LowRankTuning(rank=2), "")
+        assert any(name.startswith("head.") for name in model.own_state()) == is_new
+        assert model.head.output.weight.shape[0] == labels and model.head.output.weight.requires_grad == is_new
 
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400

@@ -45,10 +45,14 @@ class Options(Common):
         """Prompts at once."""
         return self.batch_size or WHAT[self.paths[0]][0]
 
+    @property
+    def new(self) -> int:
+        """Tokens to write behind a prompt."""
+        return 1 if self.paths[0] == "prefill" else self.new_tokens
+
     def length(self, context: int) -> int:
         """Tokens of a prompt: those asked for, or as many as fit into a context beside what is written."""
-        new = 1 if self.paths[0] == "prefill" else self.new_tokens
-        return self.prompt_tokens or max(min(WHAT[self.paths[0]][1], context - new), 1)
+        return self.prompt_tokens or max(min(WHAT[self.paths[0]][1], context - self.new), 1)
 
 
 def run(options: Options) -> None:
@@ -194,10 +198,9 @@ def _work(loaded: Loaded, options: Options) -> Work:
         check_can_embed(loaded.config)
         return Work(texts=_texts(options.texts))
     check_can_generate(loaded.config)
-    new = 1 if options.paths[0] == "prefill" else options.new_tokens
     length = options.length(loaded.config.max_len)
-    check_lengths(loaded.config, length, new)
-    return Work(drawn(loaded.model, loaded.words, options.rows, length), new)
+    check_lengths(loaded.config, length, options.new)
+    return Work(drawn(loaded.model, loaded.words, options.rows, length), options.new)
 
 
 def _texts(path: Path | None) -> list[str]:

@@ -202,14 +202,19 @@ def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:
     setattr(parent, leaf, new)
 
 
+def check_plain(model: nn.Module) -> None:
+    """Raise ConfigError for a model with adapters beside its weights: the weights alone would be another model."""
+    if any(hasattr(module, "low_rank") for module in model.modules()):
+        fix = "headway convert RUN DST --to headway --merge"
+        raise ConfigError("model", "adapters beside its weights", "plain weights", fix)
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor | Packed]:
     """The state dict with one `L.weight` for each layer in codes; what is tied is one object.
 
     Raises ConfigError for a model with adapters beside its weights.
     """
-    if any(hasattr(module, "low_rank") for module in model.modules()):
-        fix = "headway convert RUN DST --to headway --merge"
-        raise ConfigError("model", "adapters beside its weights", "plain weights", fix)
+    check_plain(model)
     state: dict[str, Tensor | Packed] = dict(model.state_dict())
     known: dict[int, Packed] = {}
     for name, module in model.named_modules():

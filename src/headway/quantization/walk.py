@@ -20,7 +20,7 @@ from headway.errors import ConfigError
 from headway.kernels.codes import Codes, lay_out
 from headway.nn import Transformer
 from headway.nn.heads import LanguageModelHead
-from headway.nn.packed import Packed, PackedEmbedding, PackedLinear, weights_of
+from headway.nn.packed import Packed, PackedEmbedding, PackedLinear, check_plain
 from headway.quantization import scaling
 from headway.quantization.calibration import Moments
 from headway.quantization.compensation import compensated
@@ -90,7 +90,7 @@ def quantized(
     """
     if method not in METHODS:
         raise ConfigError("--method", repr(method)[:80], ", ".join(METHODS))
-    weights_of(model)  # which refuses one with adapters
+    check_plain(model)
     chosen = roles(model)
     grids = {name: getattr(scheme, role) for name, role in chosen.items()} if isinstance(scheme, Scheme) else scheme
     done: dict[int, Packed] = {}  # by the place of the weights: what is tied stays tied

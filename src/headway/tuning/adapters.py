@@ -48,7 +48,7 @@ def layers(model: Transformer) -> Iterator[Layer]:
             continue
         if leaf == "base" or leaf == "router":
             continue
-        rows, _ = shape_of(_plain(module))
+        rows, _ = shape_of(module)
         role = next((_ROLES[name] for name in reversed(parent.split(".")) if name in _ROLES), "")
         yield Layer(path, role, module, _parts(leaf, rows, model.config))
 
@@ -91,12 +91,13 @@ def attach(model: Transformer, tuning: LowRankTuning, name: str = DEFAULT) -> No
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer, parts in chosen(model, tuning.targets):
-        ranks = {part: _by_pattern(tuning.rank_pattern, layer.full(part), tuning.rank) for part in parts}
+        ranks = {part: int(_by_pattern(tuning.rank_pattern, layer.full(part), tuning.rank)) for part in parts}
         alphas = {part: _by_pattern(tuning.alpha_pattern, layer.full(part), tuning.scale) for part in parts}
         scales = {part: alphas[part] / (ranks[part] ** 0.5 if tuning.rslora else ranks[part]) for part in parts}
-        weight = weight_of(_plain(layer.module))
-        adapter = LowRank(weight.shape[1], len(weight), parts, ranks, scales, tuning.dropout, dora=tuning.dora)
-        adapter.begin(weight)
+        rows, columns = shape_of(layer.module)
+        adapter = LowRank(columns, rows, parts, ranks, scales, tuning.dropout, dora=tuning.dora)
+        if tuning.dora:
+            adapter.begin(weight_of(layer.module))
         put(model, layer.path, adapter, name)
     use(model, {name: 1.0})
 
@@ -114,13 +115,8 @@ def put(model: Transformer, path: str, adapter: LowRank, name: str) -> None:
     layer.low_rank[name] = adapter
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """The layer itself, below its adapters."""
-    return module.base if isinstance(module, Adapted) else module
-
-
-def _by_pattern(patterns: Mapping[str, float], name: str, otherwise: float) -> int:
-    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)  # type: ignore[return-value]
+def _by_pattern(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)
 
 
 def adapted(model: nn.Module) -> dict[str, Adapted]:
@@ -168,9 +164,3 @@ def merge(model: Transformer) -> int:
                 layer.base.weight.copy_(layer.merged())
         setattr(model.get_submodule(parent), leaf, layer.base)
     return len(found)
-
-
-def remove(model: Transformer) -> None:
-    """Leave the model as it was before it had any."""
-    use(model, {})
-    merge(model)

@@ -113,11 +113,6 @@ class Adapted(nn.Module):
         self.low_rank = nn.ModuleDict()
         self.strengths: dict[str, float] = {}
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(R, C) of the layer."""
-        return shape_of(self.base)
-
     def active(self) -> dict[str, tuple[LowRank, float]]:
         """The adapters in use that this layer has."""
         found = {name: (self.low_rank[name], much) for name, much in self.strengths.items() if name in self.low_rank}
@@ -150,7 +145,8 @@ class Adapted(nn.Module):
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(R, C) of a linear layer of floats or in codes."""
+    """(R, C) of a linear layer of floats or in codes, with adapters or without."""
+    layer = layer.base if isinstance(layer, Adapted) else layer
     if isinstance(layer, PackedLinear):
         return layer.shape
     assert isinstance(layer, nn.Linear)
@@ -158,7 +154,8 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """Its weight in floats, (R, C)."""
+    """Its weight in floats, (R, C), without adapters."""
+    layer = layer.base if isinstance(layer, Adapted) else layer
     if isinstance(layer, PackedLinear):
         return layer.packed.unpack()
     assert isinstance(layer, nn.Linear)

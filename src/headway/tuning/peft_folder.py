@@ -73,9 +73,7 @@ class Place(NamedTuple):
 
 def places(model: Transformer, plan: Plan | None) -> Iterator[Place]:
     """Every layer inside the blocks as the file has it; without a plan under our own names."""
-    rules = (
-        {name.replace(".base.weight", ".weight"): rule for rule in plan.rules for name in rule.names} if plan else {}
-    )
+    rules = {} if plan is None else {name: rule for rule in plan.rules for name in rule.names}
     for layer in layers(model):
         if plan is None:
             for part in layer.parts:
@@ -268,7 +266,7 @@ def _read_layer(
     Bs: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     lengths: dict[str, Tensor] = {}
-    columns = layer.module.shape[1] if isinstance(layer.module, Adapted) else _columns(layer)
+    all_rows, columns = shape_of(layer.module)
     for place in some:
         named = (name for name in (place.name, place.older) for kind in "AB" if _key(name, kind) in tensors)
         name = next(named, None)
@@ -300,9 +298,8 @@ def _read_layer(
         return None
     parts = {part: layer.parts[part] for part in layer.parts if part in As}
     ranks = {part: len(As[part]) for part in parts}
-    rows = max(rows.start + rows.size for rows in layer.parts.values())
     dropout = float(config.get("lora_dropout") or 0.0)
-    adapter = LowRank(columns, rows, parts, ranks, scales, dropout, dora=bool(lengths))
+    adapter = LowRank(columns, all_rows, parts, ranks, scales, dropout, dora=bool(lengths))
     adapter.to(next(iter(As.values())).dtype)
     _fill(adapter, As, Bs, lengths)
     return adapter
@@ -319,10 +316,6 @@ def _fill(adapter: LowRank, As: Mapping[str, Tensor], Bs: Mapping[str, Tensor], 
 
 def _key(name: str, kind: str) -> str:
     return f"{_PREFIX}{name}.lora_{kind}.weight"
-
-
-def _columns(layer: Layer) -> int:
-    return shape_of(layer.module)[1]
 
 
 def _pattern(patterns: object, name: str, otherwise: float) -> float:

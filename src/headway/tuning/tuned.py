@@ -17,7 +17,7 @@ def tuned(base: Transformer, config: ModelConfig, tuning: LowRankTuning, base_sh
         tuning: see LowRankTuning. base_sha256: the hash of its weights, which a checkpoint of the adapters names.
     """
     weights = weights_of(base)
-    is_new = config.head.type != base.config.head.type
+    is_new = config.head != base.config.head
     if is_new:
         fresh = Transformer(config).state_dict()
         weights = {name: weight for name, weight in weights.items() if not name.startswith("head.")}
