@@ -26,7 +26,7 @@ from real_data import smollm2
 import headway
 from headway import saving
 from headway.machine import peak_bytes
-from headway.run_config import LowRankTuning
+from headway.tuning_config import LowRankTuning
 from headway.tuning.tuned import tuned
 
 Step = Callable[[torch.Tensor], float]

@@ -77,6 +77,11 @@ def chat(rng: random.Random) -> dict[str, object]:
     return {"messages": turns}
 
 
+def preference(rng: random.Random) -> dict[str, object]:
+    chosen, rejected = sentence(rng), sentence(rng)
+    return {"prompt": sentence(rng), "chosen": f"{chosen} fox", "rejected": f"{rejected} dog dog"}
+
+
 def text(rng: random.Random) -> dict[str, object]:
     return {"text": ". ".join(sentence(rng) for _ in range(8)) + "."}
 
@@ -92,6 +97,11 @@ CASES: dict[str, tuple[Callable[[random.Random], dict[str, object]], dict[str, A
     "sequence to sequence": (pair, {}, "bleu"),
     "prompt and completion": (pair, {"objective": "causal-lm"}, None),
     "a conversation": (chat, {}, None),
+    "preferences": (
+        preference,
+        {"objective": {"type": "preference", "reference": "none", "by_length": True}},
+        "accuracy",
+    ),
     "contrastive": (pair, {"objective": "contrastive"}, "recall_at_k"),
     "text": (text, {"data": {"context": 16}}, None),
     "masked": (text, {"objective": "masked-lm", "data": {"context": 16}}, None),

@@ -20,6 +20,7 @@ ROOT = {
     "config",
     "config_rules",
     "run_config",
+    "tuning_config",
     "cost",
     "machine",
     "protobuf",
@@ -28,6 +29,7 @@ ROOT = {
 TOP = {
     "api",
     "assess",
+    "compare",
     "launch",
     "loading",
     "material",

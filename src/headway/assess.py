@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from headway import loading
 from headway.data.encode import Coder, Losses
-from headway.data.examples import encode_all, gather
-from headway.data.forms import Example, Labelled, Pair, Question, Tagged, examples
+from headway.data.examples import Examples, encode_all, gather
+from headway.data.forms import Example, Labelled, Pair, Preference, Question, Tagged, examples
 from headway.data.images import held_out_images
 from headway.data.recordings import held_out_recordings
-from headway.data.rows import find_tables, read_rows
-from headway.data.sources import ReadOptions, ReadReport
+from headway.data.rows import find_tables, is_table, read_rows
+from headway.data.sources import ReadOptions, ReadReport, is_rows
 from headway.errors import ConfigError, InputError
 from headway.evaluation.embed import embed
 from headway.evaluation.interval import Measured
@@ -28,6 +29,7 @@ from headway.run_config import AudioClassification, ImageClassification
 from headway.training.pictures import ImageBatches, SignalBatches
 from headway.training.recordings import RecordingBatches
 from headway.training.tasks import TASKS, ExampleBatches
+from headway.tuning import adapters
 
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "labels": ("accuracy", "f1_macro", "mcc"),
@@ -37,6 +39,7 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "answers": ("squad_exact_match", "squad_f1"),
     "texts": ("bleu", "chrf"),
     "ranks": ("recall_at_k", "mrr"),
+    "preferences": ("accuracy",),
 }
 """What is measured where nobody names a metric, by what there is to measure."""
 
@@ -74,13 +77,22 @@ def assess(loaded: loading.Loaded, data: str, metrics: Sequence[str] = (), how: 
     Raises ConfigError for a metric that does not go with the data, InputError for data that do not go with the model.
     """
     found = predicted(loaded, data, how or How())
-    takes = "texts" if found.kind == "answers" else found.kind
+    takes = {"answers": "texts", "preferences": "labels"}.get(found.kind, found.kind)
     chosen = metrics or DEFAULTS[found.kind]
     for name in chosen:
         if name in METRICS and METRICS[name].takes != takes:
             fitting = [one for one, metric in METRICS.items() if metric.takes == takes]
             raise ConfigError("metrics", f"{name} of {found.kind}", ", ".join(fitting))
     return [one for name in chosen for one in measure(name, *found.data)]
+
+
+def form_of_rows(data: str, read: ReadOptions) -> type | None:
+    """The form of the first row, None for files of plain text. Raises InputError for what cannot be read."""
+    file, report = find_tables(data, read, ReadReport())[0], ReadReport()
+    if not is_table(file) and not is_rows(file):
+        return None
+    first = next(examples(read_rows(file, read, report)), None)
+    return None if first is None else type(first)
 
 
 def predicted(loaded: loading.Loaded, data: str, how: How) -> Predicted:
@@ -111,11 +123,16 @@ def _coder(loaded: loading.Loaded, how: How) -> Coder:
     )
 
 
-def _outputs(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[dict[int, Any], Any]:
+def _encoded(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[Examples, ExampleBatches]:
     coder, losses = _coder(loaded, how), Losses()
     encoded = gather(encode_all(found, TASKS[task].encode[type(found[0])], coder, losses))
     words = loaded.words
-    batches = ExampleBatches(encoded, TASKS[task], words.pad_id if words.pad_id is not None else words.eos_id or 0)
+    pad = words.pad_id if words.pad_id is not None else words.eos_id or 0
+    return encoded, ExampleBatches(encoded, TASKS[task], pad)
+
+
+def _outputs(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[dict[int, Any], Any]:
+    encoded, batches = _encoded(loaded, task, found, how)
     some = batches.in_order(how.rows, len(encoded))
     return outputs(loaded.model, some, lambda done: how.progress(done, len(encoded))), encoded
 
@@ -179,6 +196,24 @@ def _neighbours(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Pred
     return Predicted("ranks", (ranks_of(queries, known, [places[one.target] for one in found]),))
 
 
+def _preferences(loaded: loading.Loaded, found: Sequence[Preference], how: How) -> Predicted:
+    """Whether the chosen completion is the likelier one; with adapters, whether they make it more so than the other."""
+    encoded, batches = _encoded(loaded, "preference", found, how)
+    ahead, done = np.zeros(len(encoded)), 0
+    named = adapters.names(loaded.model)
+    with torch.inference_mode():
+        for batch in batches.in_order(how.rows, len(encoded)):
+            said = loaded.model.log_likelihoods(**batch.inputs)
+            if named:
+                with adapters.unused(loaded.model):
+                    said = said - loaded.model.log_likelihoods(**batch.inputs)
+            chosen, rejected = said.view(-1, 2).unbind(1)
+            ahead[list(batch.sample_ids)] = (chosen - rejected).cpu()
+            done += len(batch.sample_ids)
+            how.progress(done, len(encoded))
+    return Predicted("preferences", ((ahead > 0).astype(int), np.ones(len(encoded), int)))
+
+
 def _signals(loaded: loading.Loaded, data: str, how: How) -> Predicted:
     """Images or recordings: the held-out side of a set, or all of one without sides."""
     patch, audio = loaded.config.embeddings.patch, loaded.config.embeddings.audio
@@ -212,4 +247,5 @@ _BY_TASK: Mapping[tuple[str, type], Callable[[Any, Any, How], Predicted]] = {
     ("span", Question): _answers,
     ("seq2seq", Pair): _texts,
     ("pooled-embedding", Pair): _neighbours,
+    ("causal-lm", Preference): _preferences,
 }

@@ -23,12 +23,13 @@ from headway.checkpoints.folder import CONFIG, MODEL, TOKENIZER, list_checkpoint
 from headway.checkpoints.tensors import tensor_hash
 from headway.config import ModelConfig
 from headway.cost import forward_flops, parameters, training_flops
-from headway.errors import ConfigError, HeadwayError, InputError, MachineError
-from headway.material import Material
+from headway.errors import ConfigError, HeadwayError, InputError
+from headway.material import Material, training_device
 from headway.nn import Transformer
+from headway.nn.preferences import Preferences
 from headway.plain_yaml import dump_yaml
 from headway.prepare import material
-from headway.run_config import LowRankTuning, RunConfig, Train, flatten
+from headway.run_config import Preference, RunConfig, Train, flatten
 from headway.strict import dump_json, strict_json
 from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
@@ -42,6 +43,7 @@ from headway.training.teaching import check_teaching
 from headway.training.throughput import resident_bytes
 from headway.training.world import ALONE, World, joined
 from headway.tuning.tuned import tuned
+from headway.tuning_config import Frugal
 
 _OWN = (MODEL, CONFIG, TOKENIZER, "checkpoints", "metrics.jsonl", "loss.svg", "loss.png", TENSORBOARD, WANDB, WANDB_RUN)
 
@@ -129,12 +131,16 @@ OnEvent = Callable[[RunEvent], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, what was trained on what, how it ended. `result` is None after a dry run."""
+    """A finished run: its folder, what was trained on what, how it ended. `result` is None after a dry run.
+
+    `trained` counts the parameters that learn.
+    """
 
     folder: Path
     plan: Plan
     result: Result | None
     proof: Proof | None = None
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def train(run: RunConfig | Mapping[str, Any], how: Launch | None = None, on_even
         ConfigError, InputError, MachineError, DivergedError, Interrupted: see training.loop and data.
     """
     run = run if isinstance(run, RunConfig) else RunConfig(**run)
-    with joined(run.train.tensor_parallel, _device(run.train.device), run.train.collective_timeout) as world:
+    with joined(run.train.tensor_parallel, training_device(run.train.device), run.train.collective_timeout) as world:
         say = on_event if on_event is not None and world.is_first else (lambda event: None)
         world.check_same(partial(_facts, run))
         return _in_world(run, how or Launch(), say, world)
@@ -242,7 +248,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     )
     for line in made.lines:
         say(Note(f"note: {line}"))
-    device = torch.device(_device(run.train.device))
+    device = torch.device(training_device(run.train.device))
     if made.teacher is not None:
         made = replace(made, teacher=made.teacher.on(device))
     limits = machine.probe(device.type) if world.is_first else None
@@ -252,7 +258,10 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
         check_teaching(made.teacher.model.config, config)
     assert run.data.context is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
-    model = (_model(config, made) if run.tuning is None else _adapted(config, made, run.tuning)).to(device)
+    frugal = run.frugal
+    model = (_model(config, made) if frugal is None else _adapted(config, made, frugal)).to(device)
+    if isinstance(run.objective, Preference):
+        model.preferences = Preferences(**run.objective.model_dump(include=set(Preferences._fields)))
     world.check_same(lambda: {"weights": tensor_hash(model.state_dict())})
     plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason, world)
     say(plan)
@@ -273,7 +282,8 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     trainer = _trainer(plan, model, folder, listen, limits, world)
     world.check_same(lambda: trainer.source.identity)
     say(Started(run.train.steps))
-    return RunResult(folder, plan, trainer.fit(how.resume, how.override))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return RunResult(folder, plan, trainer.fit(how.resume, how.override), trained=trained)
 
 
 def _settle(made: Material, limits: machine.Probe | None, world: World) -> tuple[ModelConfig, RunConfig, str]:
@@ -285,7 +295,7 @@ def _settle(made: Material, limits: machine.Probe | None, world: World) -> tuple
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = made.run.train.threads or max(choice.threads // beside, 1)
         torch.set_num_threads(threads)
-        device = _device(made.run.train.device)
+        device = training_device(made.run.train.device)
 
         def clock(model: ModelConfig, train: Train, context: int) -> float:
             share = -(-(train.batch_size or 1) // (train.accumulation * world.data_size)) * train.accumulation
@@ -313,7 +323,7 @@ def foretell(plan: Plan) -> Forecast:
     """What a planned run will take; runs a few steps on its own data."""
     run, made = plan.run, plan.material
     assert run.data.context is not None
-    clock = partial(time_step, device=_device(run.train.device), trial=made.trial, teacher=made.teacher)
+    clock = partial(time_step, device=training_device(run.train.device), trial=made.trial, teacher=made.teacher)
     rows = math.ceil(made.facts.rows_of_batch(run.train) / run.train.accumulation) * run.train.accumulation
     train = run.train.model_copy(update={"batch_size": rows})
     importlib.import_module("torch._dynamo")  # as torch's first optimizer does: some 100 MB that are not here yet
@@ -335,21 +345,10 @@ def _model(config: ModelConfig, made: Material) -> Transformer:
     return model
 
 
-def _adapted(config: ModelConfig, made: Material, tuning: LowRankTuning) -> Transformer:
-    """The base as it is, with adapters that are trained."""
+def _adapted(config: ModelConfig, made: Material, tuning: Frugal) -> Transformer:
+    """The base as it is, with what is trained."""
     assert made.base is not None
     return tuned(made.base.model, config, tuning, made.base.weights_sha256)
-
-
-def _device(wanted: str) -> str:
-    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    if wanted in ("auto", "cuda") and torch.cuda.is_available():
-        return local
-    if wanted == "auto":
-        return "cpu"
-    if wanted != "cpu" and not torch.cuda.is_available():
-        raise MachineError("train.device", f"{wanted}, but this torch sees no GPU", "cpu", "train.device=cpu")
-    return wanted
 
 
 def _describe(folder: Path, plan: Plan, *, only_config: bool = False) -> None:

@@ -278,8 +278,9 @@ def _load_tuned(found: FoundRun, run: RunConfig, tokenizer: Tokenizer | None, dt
 
     Raises InputError: the base is not there, or another one than in training.
     """
-    assert run.tuning is not None and run.base is not None
-    base = load_base(run.base, run.tuning.base_dtype)
+    tuning = run.frugal
+    assert tuning is not None and run.base is not None
+    base = load_base(run.base, tuning.base_dtype)
     config, identity = read_model_config(found.run), found.manifest.meta.get("identity")
     trained = identity.get("base") if isinstance(identity, dict) else None
     if trained != base.weights_sha256:
@@ -287,7 +288,7 @@ def _load_tuned(found: FoundRun, run: RunConfig, tokenizer: Tokenizer | None, dt
         raise InputError(where, f"{run.base} with weights {base.weights_sha256}", f"{trained}, those in training")
     if dtype is not None and is_packed(base.model):
         base = load_base(run.base, "float32")
-    model = tuned(base.model, config, run.tuning, trained)
+    model = tuned(base.model, config, tuning, trained)
     wanted, weights = model.own_state(), read_group(found.folder, WEIGHTS)
     check_names(wanted, weights, found.folder / WEIGHTS, found.run / MODEL)
     with torch.no_grad():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from headway import loading, machine
 from headway import run_config as rc
@@ -112,7 +115,7 @@ class Where:
         """The model that is trained further; a resumed run has its own weights, but still asks for its shape."""
         if self.run.base is None:
             return None
-        tuning = self.run.tuning
+        tuning = self.run.frugal
         return _load_base(self.run.base, "base", "float32" if tuning is None else tuning.base_dtype)
 
     @cached_property
@@ -134,6 +137,18 @@ def _load_base(name: str, key: str, dtype: str = "float32") -> loading.Loaded:
     loaded = loading.load_base(name, dtype)
     loading.check_pixels(loaded, key)
     return loaded
+
+
+def training_device(wanted: str) -> str:
+    """The device that `train.device` means here. Raises MachineError for a GPU that is not there."""
+    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return local
+    if wanted == "auto":
+        return "cpu"
+    if wanted != "cpu" and not torch.cuda.is_available():
+        raise MachineError("train.device", f"{wanted}, but this torch sees no GPU", "cpu", "train.device=cpu")
+    return wanted
 
 
 def read_options(data: Data) -> ReadOptions:

@@ -48,6 +48,7 @@ from headway.material import (
     read_options,
     special_ids,
     tokenizer_for,
+    training_device,
 )
 from headway.run_config import RunConfig
 from headway.signals import pictures, recordings
@@ -61,6 +62,7 @@ from headway.training.objectives import (
     token_byte_lengths,
 )
 from headway.training.recipe import Facts, random_windows
+from headway.training.references import referenced
 from headway.training.tasks import Classes, ExampleBatches, Task, choose, classes_of, head_fields
 from headway.training.teaching import Teacher
 from headway.training.windows import (
@@ -73,7 +75,7 @@ from headway.training.windows import (
     target_of,
     window_of,
 )
-from headway.tuning.adapters import chosen
+from headway.tuning.adapters import check_targets
 
 Evaluation = Callable[[ModelConfig, RunConfig], Iterable[TrainingBatch]]
 CONTEXT = 512
@@ -91,9 +93,7 @@ def material(run: RunConfig, folder: Path, resuming: bool, dry_run: bool, say: S
     """
     where = Where(run, folder, resuming and bool(list_checkpoints(folder)), dry_run, say, progress)
     if run.tuning is not None and where.base is not None:
-        chosen(
-            where.base.model, run.tuning.targets
-        )  # refuses what is in no layer, before the data, which may take long
+        check_targets(where.base.model, run.tuning)
     made = _material(where)
     if run.train.batch_tokens is not None and made.facts.batches is None:
         kind = {"tokens": "windows"}.get(made.unit, made.unit)
@@ -299,10 +299,9 @@ def _both_sides(where: Where, path: str) -> _Source:
 def _rows(where: Where, form: type) -> Material:
     run, d, base, teacher, mixture = where.run, where.run.data, where.base, where.teacher, where.mixture
     kind = kind_of(where)
-    named = run.objective.type if run.objective else None
+    named = None if run.objective is None else run.objective.type
     name, task = choose(form, named, kind, d.path or ", ".join(d.mixture))
-    objective = run.objective or RunConfig(objective=name).objective  # type: ignore[arg-type]  # a name is a tag
-    assert objective is not None
+    objective: Any = run.objective or RunConfig(objective=name).objective  # type: ignore[arg-type]  # a name is a tag
     sources = [_both_sides(where, path) for path in where.weights]
     known = d.labels or (teacher.names if teacher is not None else ())
     classes = classes_of(chain.from_iterable(chain(one.train, one.valid) for one in sources), known)
@@ -315,9 +314,10 @@ def _rows(where: Where, form: type) -> Material:
     longest = d.context or min([CONTEXT, *(config.max_len for config in readers)])
     typed = any(config.embeddings.token_types > 1 for config in readers) or has_types(run.preset)
     coder = Coder(tokenizer, longest, d.target or longest, classes.names, typed)
-    found = [_encoded(where, one, task, form, coder, name) for one in sources]
-    train, valid = (Examples.joined(side) for side in zip(*((one.train, one.valid) for one in found), strict=True))
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
+    refer = _reference(where, objective, task, pad)
+    found = [_encoded(where, one, task, form, coder, name, refer) for one in sources]
+    train, valid = (Examples.joined(side) for side in zip(*((one.train, one.valid) for one in found), strict=True))
     batches = ExampleBatches(train, task, pad), ExampleBatches(valid, task, pad)
     fields, config = _shape(task, classes, base, kind)
     fields |= {"vocab_size": _rows_of(tokenizer, teacher), "tokens": special_ids(tokenizer, fields["kind"])}
@@ -371,7 +371,35 @@ def _held_out_rows(mixture: Mixture, batches: ExampleBatches, held: Sequence[int
     return evaluation
 
 
-def _encoded(where: Where, source: _Source, task: Task, form: type, coder: Coder, name: str) -> Sides:
+class _Refer(NamedTuple):
+    """Who the reference of a preference is, and what adds its answers to examples."""
+
+    name: str
+    add: Callable[[Examples], Examples]
+
+
+def _reference(where: Where, objective: rc.Objective, task: Task, pad: int) -> _Refer | None:
+    if not isinstance(objective, rc.Preference):
+        return None
+    if where.teacher is not None:
+        found = f"{where.teacher.how.teacher} and preferences, which have a reference instead"
+        raise ConfigError("distill and objective", found, "one of the two", "leave out distill")
+    base = where.base if objective.reference == "base" else None
+    if base is None and objective.reference == "base":
+        found = "preferences against the model as it is at the start, and no model"
+        raise ConfigError("objective.reference and base", found, "a model", "base=MODEL, or objective.reference=none")
+
+    def add(examples: Examples) -> Examples:
+        model = None if base is None else base.model.to(training_device(where.run.train.device))
+        return referenced(examples, task, pad, model, lambda done: where.progress("reference", done, len(examples)))
+
+    tuning = where.run.frugal
+    return _Refer("" if base is None else f"{base.weights_sha256} {tuning.base_dtype if tuning else 'float32'}", add)
+
+
+def _encoded(
+    where: Where, source: _Source, task: Task, form: type, coder: Coder, name: str, refer: _Refer | None
+) -> Sides:
     """One source as columns: opened if they were made before, else made."""
     d, total = where.run.data, len(source.train) + len(source.valid)
 
@@ -380,6 +408,7 @@ def _encoded(where: Where, source: _Source, task: Task, form: type, coder: Coder
         for side in (source.train, source.valid):
             encoded = encode_all(side, task.encode[form], coder, losses)
             both.append(gather(_watched(encoded, total, losses, where.progress)))
+        both = both if refer is None else list(map(refer.add, both))
         return Sides(both[0], both[1], losses.lines(coder.max_len))
 
     made_of = {
@@ -393,6 +422,7 @@ def _encoded(where: Where, source: _Source, task: Task, form: type, coder: Coder
         "types": coder.token_types,
         "template": coder.tokenizer.chat_template,
         "options": [d.encoding_errors, d.newline, d.skip_bad_rows],
+        "reference": refer and refer.name,
     }
     return prepare_examples(made_of, where.cache, build)
 

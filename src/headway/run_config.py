@@ -30,6 +30,7 @@ from headway.config import (
 from headway.config_rules import Rule, nearest_multiples
 from headway.errors import ConfigError, nearest
 from headway.plain_yaml import parse_yaml, read_yaml
+from headway.tuning_config import Frugal, FullTuning, Tuning
 
 ENV_PREFIX = "HEADWAY__"
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -127,6 +128,21 @@ class Span(Frozen):
     type: Literal["span"] = "span"
 
 
+class Preference(Frozen):
+    """Of two completions the chosen one becomes likelier than the rejected (nn/preferences.py).
+
+    By default DPO (arXiv:2305.18290) against the model as it is at the start. `by_length` counts nats per token; with
+    `reference` none and a `margin` that is SimPO (arXiv:2405.14734). `smoothing` is the share of pairs labelled wrong.
+    """
+
+    type: Literal["preference"] = "preference"
+    beta: PositiveReal = 0.1
+    reference: Literal["base", "none"] = "base"
+    by_length: bool = False
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
 class Contrastive(Frozen):
     """Vectors of texts that belong together come together; the batch's other pairs are the negatives."""
 
@@ -167,6 +183,7 @@ Objective = Annotated[
     | TokenClassification
     | Span
     | Contrastive
+    | Preference
     | ImageClassification
     | MaskedPatches
     | AudioClassification,
@@ -185,32 +202,6 @@ class Distill(Frozen):
     teacher: str
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     temperature: PositiveReal = 2.0
-
-
-class LowRankTuning(Frozen):
-    """Train adapters of low rank on a base that stays as it is (LoRA, arXiv:2106.09685).
-
-    `alpha` over `rank` scales what they add, with `rslora` over its root; None is twice the rank. `targets` are roles,
-    names or patterns of layers (tuning/adapters.py); `rank_pattern` and `alpha_pattern` set some apart, by patterns of
-    full names. `dora` learns the length of each row apart from its direction. A new head is trained whole beside them.
-    The base keeps the form it has (`stored`, codes too: QLoRA, arXiv:2305.14314) or is unpacked to float32.
-    """
-
-    method: Literal["lora"] = "lora"
-    rank: Positive = 8
-    alpha: PositiveReal | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Names = ("all",)
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
-    alpha_pattern: dict[str, PositiveReal] = Field(default_factory=dict)
-    rslora: bool = False
-    dora: bool = False
-    base_dtype: Literal["stored", "float32"] = "stored"
-
-    @property
-    def scale(self) -> float:
-        """Alpha, or what it is by default."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 class TokenizerConfig(Frozen):
@@ -394,7 +385,7 @@ class RunConfig(Checked):
     objective: Objective | None = None
     base: str | None = None
     distill: Distill | None = None
-    tuning: LowRankTuning | None = None
+    tuning: Tuning | None = None
     preset: str | None = None
     budget: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] | None = None
     output: str | None = None
@@ -404,6 +395,11 @@ class RunConfig(Checked):
     def check(self) -> None:
         """The model's fields too, as far as they can be judged without the data."""
         check_model_fields(self.model)
+
+    @property
+    def frugal(self) -> Frugal | None:
+        """How a base is adapted where its own files are left as they are; None where all weights are trained."""
+        return None if isinstance(self.tuning, FullTuning) else self.tuning
 
     @property
     def budget_seconds(self) -> float | None:

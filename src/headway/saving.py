@@ -139,7 +139,7 @@ def _save_adapter(loaded: Loaded, place: Path, *, overwrite: bool) -> Path:
     names = adapters.names(loaded.model)
     if len(names) != 1:
         raise ConfigError("--to peft", f"{len(names)} adapters", "a model with one", "headway tune")
-    if loaded.model.elsewhere and any("low_rank" not in name for name in loaded.model.own_state()):
+    if loaded.model.elsewhere and any(".added." not in name for name in loaded.model.own_state()):
         raise ConfigError("--to peft", "a head trained beside the adapters", "adapters alone", "--to headway --merge")
     model, where = loaded.model, {"base": loaded.base, "base_sha256": loaded.model.base_sha256}
     return peft_folder.write(model, place, plan_of(loaded), name=names[0], overwrite=overwrite, **where)

@@ -90,10 +90,41 @@ def test_a_new_head_is_trained_whole_beside_the_adapters(command, tmp_path: Path
     assert command("tune", "model", "data.path=rows.jsonl", *more, "--output", "run").code == 0
     assert headway.load("run").config.head.type == "sequence-classification"
     held = read_tensors(newest_good(Path("run")).path / "model.safetensors")
-    assert {name for name in held if "low_rank" not in name} == {"head.output.weight", "head.output.bias"}
+    assert {name for name in held if ".added." not in name} == {"head.output.weight", "head.output.bias"}
     alone = command("convert", "run", "adapter", "--to", "peft")
     assert alone.code == 2 and "a head trained beside the adapters" in alone.err and not Path("adapter").exists()
     said = command("eval", "run", "--data", "rows.jsonl", "--json").json
     assert said["accuracy"]["value"] > 0.9
     assert command("convert", "run", "merged", "--to", "headway", "--merge").code == 0
     assert command("eval", "merged", "--data", "rows.jsonl", "--json").json["accuracy"] == said["accuracy"]
+
+
+def test_every_form_is_proven_and_the_step_that_breaks_is_named(
+    command, tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["verify", "run", "--through", "merged,hf,gguf,q8_0", "--max-tokens", "4"]
+    said = command(*words, "--json").json
+    assert said["agrees"] and [row["form"] for row in said["forms"]] == ["merged", "hf", "gguf", "q8_0"]
+    assert [row["rounds"] for row in said["forms"]] == [False, False, False, True]
+    exact, codes = said["forms"][1], said["forms"][3]
+    assert exact["mean_kl"] < 1e-8 < codes["mean_kl"] and exact["agreement"] == 1.0
+    save = saving.save
+
+    def broken(loaded, target, form, **more):  # type: ignore[no-untyped-def]
+        adapters.merge(loaded.model)
+        if form == "hf":
+            loaded.model.decoder.blocks[1].feed_forward.down.weight.data *= 1.5
+        return save(loaded, target, form, **{**more, "merge": False})
+
+    monkeypatch.setattr(saving, "save", broken)
+    said = command(*words)
+    assert said.code == 5 and "hf against run" in said.err.splitlines()[-1]
+    other = command("verify", "run", "--through", "onnx")
+    assert other.code == 2 and "--through: 'onnx'" in other.err
+
+
+def test_merged_into_codes_it_tells_what_that_cost(command, tuned: Path) -> None:
+    said = command("convert", "run", "merged.gguf", "--dtype", "q8_0", "--merge", "--json").json
+    assert 0 < said["mean_kl"] < 1 and 0 < said["agreement"] <= 1
+    plain = command("convert", "run", "plain.gguf", "--merge", "--json").json
+    assert "mean_kl" not in plain

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headway.families import families
 from headway.families._translate import Plan, plan
 from headway.nn import Transformer
-from headway.run_config import LowRankTuning
+from headway.tuning_config import LowRankTuning
 from headway.tuning import adapters, peft_folder
 
 # Its layers in transformers 5 are others than those of its files: three projections where these have one.
@@ -95,7 +95,7 @@ def test_what_is_written_here_answers_the_same_in_peft(row: Reference, tmp_path:
     )
     torch.manual_seed(2)
     for layer in adapters.adapted(model).values():
-        for parameter in layer.low_rank.parameters():
+        for parameter in layer.added.parameters():
             parameter.normal_(0, 0.2)
     peft_folder.write(model, tmp_path / "a", plan_of(row), base="nowhere")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference.build(row)).double(), tmp_path / "a").eval()

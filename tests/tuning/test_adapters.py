@@ -17,9 +17,10 @@ from headway.kernels.ggml import quantize
 from headway.launch import Launch, train
 from headway.nn import Transformer
 from headway.nn.packed import Packed, exact
-from headway.run_config import LowRankTuning
+from headway.tuning_config import LowRankTuning
 from headway.tuning import adapters, peft_folder
-from headway.tuning.low_rank import Adapted, LowRank, Rows
+from headway.tuning.beside import Adapted, Rows
+from headway.tuning.low_rank import LowRank
 from headway.tuning.tuned import tuned
 
 SIZES: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 16, "d_ff": 64}
@@ -56,7 +57,7 @@ def stir(model: nn.Module, name: str = adapters.DEFAULT, seed: int = 2) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in adapters.adapted(model).values():
-            for parameter in layer.low_rank[name].parameters():
+            for parameter in layer.added[name].parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
@@ -89,9 +90,9 @@ def test_it_is_the_papers_formula_in_float64() -> None:
     torch.manual_seed(0)
     layer = Adapted(nn.Linear(6, 10).double())
     rows = {"k": Rows(4, 3), "v": Rows(7, 3)}
-    layer.low_rank["one"] = LowRank(6, 10, rows, {"k": 2, "v": 3}, {"k": 0.5, "v": 2.0}).double()
+    layer.added["one"] = LowRank(6, 10, rows, {"k": 2, "v": 3}, {"k": 0.5, "v": 2.0}).double()
     layer.strengths = {"one": 1.0}
-    stir_one = layer.low_rank["one"]
+    stir_one = layer.added["one"]
     for parameter in stir_one.parameters():
         nn.init.normal_(parameter)
     x, dy = torch.randn(5, 6).double(), torch.randn(5, 10).double()
@@ -119,10 +120,10 @@ def test_targets_name_parts_by_role_name_or_pattern() -> None:
     assert not adapters.adapted(model)
     tuning = LowRankTuning(rank=4, targets=("all",), rank_pattern={"*.blocks.0.*.q": 7}, alpha_pattern={"*.v": 2.0})
     adapters.attach(model, tuning)
-    first = model.decoder.blocks[0].attention.qkv.low_rank[adapters.DEFAULT]
+    first = model.decoder.blocks[0].attention.qkv.added[adapters.DEFAULT]
     assert len(first.A["q"]) == 7 and len(first.A["k"]) == 4 and first.scales == {"q": 8 / 7, "k": 2.0, "v": 0.5}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == sum(p.numel() for layer in adapters.adapted(model).values() for p in layer.low_rank.parameters())
+    assert trained == sum(p.numel() for layer in adapters.adapted(model).values() for p in layer.added.parameters())
 
 
 @torch.no_grad()

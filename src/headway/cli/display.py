@@ -46,6 +46,9 @@ def eval_line(event: EvalEvent) -> str:
     bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
     best = " (best so far)" if event.best else ""
     line = f"step {event.step}: held-out loss {shown(event.loss)}{bits}{best}"
+    if event.rewards:
+        right, margin = event.rewards["accuracy"], event.rewards["margin"]
+        line += f", chosen ahead in {right:.1%} of pairs, by {margin:.3f} on average"
     if event.sources:
         line += f" ({', '.join(f'{name} {shown(loss)}' for name, loss in event.sources.items())})"
     if event.sample:

@@ -55,15 +55,20 @@ def run(options: Options) -> None:
 
     loaded = opened(path, options, force_tokenizer=options.force_tokenizer)
     began, printer = time.perf_counter(), Printer(json=options.json)
-    task = options.task or ("perplexity" if _writes_text(loaded) else "labelled")
+    task = options.task or ("perplexity" if _reads_text(loaded, options, options.data) else "labelled")
     out = {"perplexity": _perplexity, "labelled": _labelled}[task](options, loaded, options.data, printer)
     seconds = time.perf_counter() - began
     printer.say(f"measured in {duration(seconds)}")
     printer.result({"task": task, **out, "seconds": seconds})
 
 
-def _writes_text(loaded: Loaded) -> bool:
-    return loaded.config.kind == "decoder" and loaded.config.head.type == "causal-lm"
+def _reads_text(loaded: Loaded, options: Options, data: str) -> bool:
+    """Whether it writes text and the data is text: of pairs of completions it is asked which it prefers."""
+    from headway.assess import form_of_rows
+    from headway.data.forms import Preference
+
+    writes = loaded.config.kind == "decoder" and loaded.config.head.type == "causal-lm"
+    return writes and form_of_rows(data, _reading(options)) is not Preference
 
 
 def _perplexity(options: Options, loaded: Loaded, data: str, printer: Printer) -> dict[str, object]:

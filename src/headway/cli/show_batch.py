@@ -62,8 +62,11 @@ def rows_of(
     """
     inputs = batch.inputs
     for number, sample in enumerate(batch.sample_ids):
-        row = {name: tensor[number] for name, tensor in inputs.items() if len(tensor) == len(batch.sample_ids)}
-        yield f"row {number}, example {sample}", _lines(row, tokenizer, classes, shifted)
+        each = len(inputs["labels"]) // len(batch.sample_ids)  # two where an example has two texts
+        places = range(number * each, number * each + each)
+        rows = [{name: tensor[place] for name, tensor in inputs.items()} for place in places]
+        lines = [line for row in rows for line in _lines(row, tokenizer, classes, shifted)]
+        yield f"row {number}, example {sample}", lines
 
 
 def _lines(row: Mapping[str, Tensor], tokenizer: Tokenizer | None, classes: Sequence[str], shifted: bool) -> list[Line]:

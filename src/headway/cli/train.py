@@ -158,6 +158,8 @@ def _show_batch(done: RunResult, where: str, printer: Printer) -> None:
 
 def summary(done: RunResult) -> dict[str, object]:
     """A run as JSON values."""
+    from headway.machine import peak_bytes
+
     run, result, made = done.plan.run, done.result, done.plan.material
     out: dict[str, object] = {
         "run": str(done.folder),
@@ -175,11 +177,14 @@ def summary(done: RunResult) -> dict[str, object]:
             "step": result.step,
             "stopped": result.stopped,
             "loss": evaluation.loss if evaluation else None,
+            "rewards": evaluation.rewards if evaluation else None,
             "bits_per_byte": evaluation.bits_per_byte if evaluation else None,
             "tokens": result.tokens,
             "skipped": result.skipped,
             "spikes": result.spikes,
             "seconds": result.seconds,
+            "trained": done.trained,
+            "peak_bytes": peak_bytes(),
             "checkpoint": str(result.checkpoint),
         }
     return out

@@ -1,7 +1,8 @@
 """`headway verify A B`: prove that two forms of one model answer the same, or name the first thing that differs.
 
 A counts as right. Each is what `headway generate` takes: a run folder, a Hugging Face folder, a GGUF file, a packaged
-model's name. Exit code 5 when they differ, after the table.
+model's name. Exit code 5 when they differ, after the table. `headway verify A --through merged,hf,gguf,q8_0` writes
+these forms of A for a moment and compares each; of codes it tells what they cost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from headway.evaluation.agreement import Agreement, Row
 
 _LARGEST = 1 << 24  # bytes of a file of prompts
+_OF_TEXT = ("tokens", "vocabulary", "chat template")  # which codes may not change either
 _SHOWN = ("max_absolute", "mean_kl", "max_kl", "agreement", "near_ties")
 
 
@@ -30,6 +32,9 @@ class Options(Common):
     tolerance: Annotated[
         float | None,
         option(help="Allowed difference of logits, as a share of the largest [1e-4; 3e-2 if one has 16 bits]."),
+    ] = None
+    through: Annotated[
+        str | None, option(help="Forms to write A in and compare: merged, hf, gguf, q8_0, q4_0, q4_1, commas between.")
     ] = None
     dtype: Annotated[str, option(help="Load both in it: float32, float16, bfloat16 or stored.")] = "stored"
 
@@ -53,8 +58,10 @@ def read_prompts(path: Path) -> list[str]:
 def run(options: Options) -> None:
     """Load both, compare, print; raise DivergedError where they differ."""
     options = by_name(options, "headway verify")
-    if len(options.paths) != 2:
-        raise ConfigError("PATH", f"{len(options.paths)} paths", "two forms of one model", "headway verify A B")
+    count = 2 if options.through is None else 1
+    if len(options.paths) != count:
+        expected = "two forms of one model" if count == 2 else "one model"
+        raise ConfigError("PATH", f"{len(options.paths)} paths", expected, "headway verify A B")
     prompts = read_prompts(options.prompts) if options.prompts is not None else None
     import time
 
@@ -64,6 +71,9 @@ def run(options: Options) -> None:
     from headway.launch import Phase
 
     began = time.perf_counter()
+    if options.through is not None:
+        _through(options, options.through.split(","), prompts)
+        return
     a, b = (api.load(path, dtype=options.dtype) for path in options.paths)
     for line in (*a.notes, *b.notes):
         note(f"note: {line}")
@@ -84,6 +94,59 @@ def run(options: Options) -> None:
     printer.result({"agrees": found.agrees, **paths, **asdict(found), "seconds": seconds})
     if found.first is not None:
         raise _error(options.paths, found, found.first)
+
+
+# What each form of --through is written as: form and dtype.
+_FORMS: dict[str, tuple[str, str | None]] = {"merged": ("headway", None), "hf": ("hf", None), "gguf": ("gguf", None)}
+_FORMS |= {codes: ("gguf", codes) for codes in ("q8_0", "q4_0", "q4_1")}
+
+
+def _through(options: Options, forms: list[str], prompts: list[str] | None) -> None:
+    """Each form against the model as it stands; the first that may not differ and does is the error."""
+    import tempfile
+
+    from headway import api, saving
+    from headway.evaluation.agreement import agree
+    from headway.tuning import adapters
+
+    for form in forms:
+        if form not in _FORMS:
+            raise ConfigError("--through", repr(form)[:40], ", ".join(_FORMS))
+    source, printer, found = options.paths[0], Printer(json=options.json), []
+    a = api.load(source, dtype="float32")
+    is_adapted = bool(adapters.names(a.model))
+    error: DivergedError | None = None
+    with tempfile.TemporaryDirectory(prefix="headway-verify-") as place:
+        for name in forms:
+            form, dtype = _FORMS[name]
+            target = Path(place) / (f"{name}.gguf" if form == "gguf" else name)
+            saving.save(api.load(source, dtype="float32"), target, form, dtype=dtype, merge=is_adapted)
+            said = agree(a, api.load(str(target)), prompts, max_tokens=options.max_tokens, tolerance=options.tolerance)
+            text = [row for row in said.rows if row.name in _OF_TEXT]
+            first = next((row for row in (said.rows if dtype is None else text) if row.passed is False), None)
+            figures = {row.name: row for row in said.rows}
+            kl, same = (figures[row].figures.get(key) for row, key in (("logits", "mean_kl"), ("top-1", "agreement")))
+            row = {"form": name, "agrees": first is None, "rounds": dtype is not None, "mean_kl": kl, "agreement": same}
+            found.append({**row, "first": None if first is None else f"{first.name}, {first.detail}"})
+            if first is not None and error is None:
+                error = _error([source, name], said, first)
+    cells = [
+        (
+            r["form"],
+            "DIFFERS" if r["first"] else "codes" if r["rounds"] else "ok",
+            _shown(r["mean_kl"]),
+            _shown(r["agreement"]),
+        )
+        for r in found
+    ]
+    printer.table(cells, header=(source, "", "mean KL", "same first choice"))
+    printer.result({"path": source, "agrees": error is None, "forms": found})
+    if error is not None:
+        raise error
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float | int) else "n/a"
 
 
 def _error(paths: list[str], found: Agreement, first: Row) -> DivergedError:

@@ -28,6 +28,11 @@ INSIDE = {
     "activations": ("activations by block", "root mean square"),
     "entropy": ("attention entropy by block", "nats"),
 }
+# The same of an evaluation's rewards: lines of one curve, by its name and unit.
+REWARDS = {
+    ("rewards", "of held-out completions"): ("chosen", "rejected", "margin"),
+    ("accuracy of rewards", "share of held-out pairs"): ("accuracy",),
+}
 MOST_LINES = 8
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille cell, from the top, left and right
 _SECONDS = 2.0
@@ -96,6 +101,11 @@ def points_of(rows: Sequence[Mapping[str, Any]], key: str, event: str = "step") 
     """(step, value) of the records that have one."""
     found = [(row["step"], row.get(key)) for row in rows if row.get("event") == event]
     return [(float(step), float(value)) for step, value in found if isinstance(value, int | float)]
+
+
+def _rewards(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+    judged = [row for row in rows if row.get("event") == "eval" and row.get("rewards")]
+    return [(float(row["step"]), float(row["rewards"][key])) for row in judged]
 
 
 def inside(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Point]]:
@@ -192,9 +202,10 @@ def page(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
         points = points_of(rows, key)
         if key != "loss" and points:
             curves.append((name, unit, [Series("", points, BLUE)], False))
-    for key, (name, unit) in INSIDE.items():
-        lines = inside(rows, key)
-        if lines:
+    grouped = [(name, unit, inside(rows, key)) for key, (name, unit) in INSIDE.items()]
+    grouped += [(name, unit, {key: _rewards(rows, key) for key in keys}) for (name, unit), keys in REWARDS.items()]
+    for name, unit, lines in grouped:
+        if any(lines.values()):
             shades = shaded(len(lines))
             curves.append(
                 (name, unit, [Series(n, p, c) for (n, p), c in zip(lines.items(), shades, strict=True)], False)

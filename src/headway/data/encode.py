@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from headway.data.batches import IGNORE
-from headway.data.forms import Chat, Example, Labelled, Pair, Question, Tagged
+from headway.data.forms import Chat, Example, Labelled, Pair, Preference, Question, Said, Tagged
 from headway.errors import InputError
 from headway.text.chat import ChatTemplate, special_tokens
 from headway.text.tokenizer import Tokenizer
@@ -27,6 +27,8 @@ PLAIN_TEMPLATE = (
     "{% endgeneration %}{% else %}{{ m.role | capitalize }}:\n{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
+SECOND = {"input_ids": "second_ids", "labels": "second_labels"}
+"""Columns of the other one of two texts."""
 WINDOW_STRIDE = 2  # a context too long for one window is read in windows that overlap by half
 
 
@@ -98,6 +100,8 @@ def _asked(row: Example) -> Iterable[str]:
     """The texts that the encoders below ask `Coder.ids` for."""
     if isinstance(row, Pair | Labelled):
         return row.texts()
+    if isinstance(row, Preference):
+        return row.texts() if isinstance(row.prompt, str) else ()
     if isinstance(row, Tagged):
         return _spaced(row.tokens)
     return (row.question,) if isinstance(row, Question) else ()
@@ -134,11 +138,30 @@ def completion(pair: Pair, coder: Coder) -> Iterator[Encoded]:
 
 def dialogue(chat: Chat, coder: Coder) -> Iterator[Encoded]:
     """A conversation for a decoder: what the assistant wrote is learned, all else is read."""
+    yield _spoken(chat, coder)
+
+
+def preferred(pair: Preference, coder: Coder) -> Iterator[Encoded]:
+    """A prompt with each of two completions, which alone are learned."""
+    first, second = (_completed(pair, said, coder) for said in (pair.chosen, pair.rejected))
+    columns = {**first.columns, **{SECOND[name]: column for name, column in second.columns.items()}}
+    yield Encoded(columns, pair.where, first.cut + second.cut, first.cut_labels + second.cut_labels)
+
+
+def _completed(pair: Preference, said: Said, coder: Coder) -> Encoded:
+    if isinstance(pair.prompt, str) or isinstance(said, str):
+        return next(completion(Pair(str(pair.prompt), str(said), pair.where), coder))
+    before = sum(one.role == "assistant" for one in pair.prompt)
+    return _spoken(Chat((*pair.prompt, *said), pair.where), coder, before)
+
+
+def _spoken(chat: Chat, coder: Coder, before: int = 0) -> Encoded:
+    """A conversation, of whose assistant's turns the first `before` are only read."""
     words, template = coder.tokenizer, coder.template
     messages = [{"role": one.role, "content": one.content} for one in chat.messages]
     names = [words.token(number) or "" for number in sorted(words.special_ids)]
     segments = template.segments(messages, control=names)
-    edges = [edge for span in template.spans(messages) for edge in span]
+    edges = [edge for span in template.spans(messages)[before:] for edge in span]
     ids: list[int] = []
     labels: list[int] = []
     for number, part in enumerate(_cut_at(segments, edges)):
@@ -148,7 +171,7 @@ def dialogue(chat: Chat, coder: Coder) -> Iterator[Encoded]:
     kept, learned = ids[: coder.max_len + 1], labels[: coder.max_len + 1]
     lost = sum(label != IGNORE for label in labels[len(kept) :])
     columns = {"input_ids": kept[:-1], "labels": learned[1:]}
-    yield Encoded(columns, chat.where, len(ids) - len(kept), lost)
+    return Encoded(columns, chat.where, len(ids) - len(kept), lost)
 
 
 def _cut_at(segments: Sequence[tuple[str, bool]], edges: Sequence[int]) -> list[list[tuple[str, bool]]]:

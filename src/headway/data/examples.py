@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headway import files
 from headway.checkpoints.tensors import read_tensors, write_tensors
-from headway.data.encode import Coder, Encode, Encoded, Losses
+from headway.data.encode import SECOND, Coder, Encode, Encoded, Losses
 from headway.errors import InputError
 from headway.strict import dump_json, strict_json
 
@@ -106,7 +106,9 @@ class Examples:
     @property
     def tokens(self) -> int:
         """Ids of all inputs."""
-        return int(self.columns["input_ids"].lengths.sum())
+        return sum(
+            int(self.columns[name].lengths.sum()) for name in ("input_ids", SECOND["input_ids"]) if name in self.columns
+        )
 
     def batch(self, ids: Sequence[int], pads: Mapping[str, int]) -> dict[str, Tensor]:
         """The model's arguments for these examples.

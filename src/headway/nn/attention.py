@@ -220,6 +220,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (_query_norm(config, heads) for heads in (self.N, self.K))
         self.norm_heads = attention.qk_norm_over == "head"
         self.output = nn.Linear(self.N * H, config.d_model, bias=attention.output_bias)
+        self.prefix: nn.Module | None = None  # trained keys and values before its own (tuning/small.py)
 
     def forward(
         self,
@@ -273,6 +274,8 @@ class Attention(nn.Module):
         how = Scores(self.scale, self.softcap, self.dropout if self.training else 0.0)
         if self.is_split and bias is not None:
             bias = bias[:, self.first : self.first + self.N]
+        if self.prefix is not None:
+            k, v, mask, bias = self.prefix(k, v, mask, bias, q.shape[1])
         out: Tensor = self.output(attend(q, k.to(q.dtype), v.to(q.dtype), mask, how, bias).flatten(-2))
         return out
 

@@ -141,6 +141,8 @@ class Fused:
 
     def _attention(self, block: Block, inputs: dict[int, Coded], layer: int, angles: Tensor | None) -> None:
         part, (is_causal, window) = block.attention, block.mask
+        if part.prefix is not None:
+            raise UnfitError
         self._linear(part.qkv, inputs, self._qkv)
         keys = self.keys[None if self._cache is None else self._cache.layers[layer][0]]
         columns = self._beside(part, keys) if self._cache is None else self._stored(self._cache, layer, keys)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from headway import config as cfg
 from headway.errors import BugError
@@ -338,6 +339,7 @@ class LanguageModelHead(Head):
         narrows = width != config.d_model and not self.has_transform
         self.project = nn.Linear(config.d_model, width, bias=False) if narrows else nn.Identity()
         self.output = nn.Linear(width, config.vocab_size, bias=head.bias)
+        self.rows = max(LOGIT_BYTES // (4 * config.vocab_size), 1)  # of logits at a time
 
     def forward(self, hidden_BTD: Tensor, real: Tensor | None) -> Tensor:
         """(B, T, D) -> (B, T, V)."""
@@ -379,6 +381,20 @@ class LanguageModelHead(Head):
             return self.loss(self(states, None), targets, soft)
         how = self.entropy._replace(softcap=self.softcap)
         return linear_cross_entropy(self._read(states), self.output.weight, self.output.bias, targets, how, soft)
+
+    def log_likelihoods(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """log p of all labels of a row that are not -100, (B,): of the logits a piece is in memory, made once more for
+        the backward pass."""
+        places = (labels_BT.flatten() != IGNORED).nonzero()[:, 0]
+        targets, piece = labels_BT.flatten()[places], self.answers(hidden_BTD, None, places)
+
+        def some(rows: slice) -> Tensor:
+            return -F.cross_entropy(wide(piece(rows)), targets[rows], reduction="none")
+
+        pieces = [slice(begin, begin + self.rows) for begin in range(0, len(places), self.rows)]
+        each = [checkpoint(some, rows, use_reentrant=False) for rows in pieces]
+        found = wide(hidden_BTD).new_zeros(len(labels_BT))
+        return found.index_add(0, places // labels_BT.shape[1], torch.cat(each)) if each else found
 
     def _read(self, hidden: Tensor) -> Tensor:
         """What the output layer multiplies. (..., D) -> (..., width of the table)."""

@@ -19,6 +19,7 @@ from headway.nn.heads import IGNORED, LanguageModelHead, Taught, make_head, pool
 from headway.nn.init import Unfilled, initialize
 from headway.nn.masks import Sight
 from headway.nn.packed import Packed, pack_leaf
+from headway.nn.preferences import Preferences
 from headway.nn.stack import Stack
 
 
@@ -58,11 +59,13 @@ class Transformer(nn.Module):
 
     elsewhere: frozenset[str] = frozenset()  # names of tensors that lie in the files of a base, not in those of a run
     base_sha256 = ""  # that base's hash
+    preferences = Preferences()  # what `loss` and `rewards` make of pairs of completions
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.teaching: Teaching | None = None
+        self.prompt: nn.Module | None = None  # trained vectors before the input (tuning/small.py)
         self.is_pair = config.kind == "encoder-decoder"
         self.embeddings = Embeddings(config)
         # The two sides read one vocabulary; positions and norms are each side's own.
@@ -174,8 +177,11 @@ class Transformer(nn.Module):
         called.
 
         Args:
-            labels: see heads.py. inputs: those of `forward`, by name.
+            labels: see heads.py. inputs: those of `forward`, by name; with `reference` rows are pairs of completions,
+                and the loss is that of their `rewards`.
         """
+        if "reference" in inputs:
+            return self._balanced(self.preferences.loss(self.rewards(labels, **inputs)))
         signals = [inputs.pop(name) for name in ("pixel_values", "input_features") if name in inputs]
         given: dict[str, Any] = {**inputs, "labels": labels, **({"signal": signals[0]} if signals else {})}
         hidden, real, _ = self._states(**given)
@@ -186,6 +192,24 @@ class Transformer(nn.Module):
                 known = teacher._states(**given)
             taught = Taught(teacher.head, known.hidden, known.real, weight, temperature)
         return self._balanced(self.head.loss_of(hidden, real, labels, taught))
+
+    def rewards(self, labels: Tensor, reference: Tensor, **inputs: Tensor) -> Tensor:
+        """The rewards of pairs of completions that the model's likelihoods imply, (B / 2, 2); see preferences.py.
+
+        Args:
+            labels: (B, T); rows chosen and rejected in turn. reference: (B,) log-likelihoods by the reference.
+            inputs: those of `forward`.
+        """
+        found = self.log_likelihoods(labels, **inputs)
+        return self.preferences.rewards(found, reference, (labels != IGNORED).sum(1))
+
+    def log_likelihoods(self, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """log p of each row's labels together, (B,). Raises BugError for a head without a vocabulary."""
+        if not isinstance(self.head, LanguageModelHead):
+            raise BugError("log_likelihoods", f"head {self.config.head.type}", "a head over a vocabulary")
+        given: dict[str, Any] = {**inputs, "labels": labels}
+        hidden, _, _ = self._states(**given)
+        return self.head.log_likelihoods(hidden, labels)
 
     def _states(
         self,
@@ -232,6 +256,7 @@ class Transformer(nn.Module):
         )
         if has_table and max_len > self.config.max_len:
             raise ConfigError("cache and max_len", f"room for {max_len} tokens", f"at most {self.config.max_len}")
+        max_len += 0 if self.is_pair else self._before
         heads = (self.config.n_kv_heads, self.config.d_head)
         cache = Cache(self.decoder.windows, batch, max_len, heads, next(self.parameters()), dtype)
         if lengths is not None:
@@ -260,17 +285,34 @@ class Transformer(nn.Module):
         encoder_real: Tensor | None = None,
     ) -> Tensor:
         """Embed and pass through one stack."""
-        sight = self._sight(inputs, real, documents, cache)
         embeddings = self.embeddings if stack is not self.decoder else self.decoder_embeddings or self.embeddings
-        x_BTD = embeddings(sight.q_positions, inputs, token_types, hidden_BP)
+        before = self._before if embeddings is self.embeddings else 0
+        ahead = before if cache is None or cache.length == 0 else 0  # a cache remembers them after its first call
+        sight = self._sight(inputs, real, documents, cache, ahead)
+        # The input keeps its own places in tables.
+        places = sight.q_positions if not before else (sight.q_positions[:, ahead:] - before).clamp(min=0)
+        x_BTD = embeddings(places, inputs, token_types, hidden_BP)
+        if ahead and self.prompt is not None:
+            x_BTD = self.prompt(x_BTD)
         out: Tensor = stack(x_BTD, sight, cache, encoder_BSD, encoder_real)
-        return out
+        return out[:, ahead:]
 
-    def _sight(self, inputs: Tensor, real: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Sight:
+    @property
+    def _before(self) -> int:
+        """Vectors that stand before the input."""
+        return int(getattr(self.prompt, "count", 0))
+
+    def _sight(
+        self, inputs: Tensor, real: Tensor | None, documents: Tensor | None, cache: Cache | None, ahead: int
+    ) -> Sight:
         """Positions count real tokens from zero, from the cache's length, or from the start of a document."""
         device = inputs.device
         front = {3: self.config.embeddings.audio, 4: self.config.embeddings.patch}.get(inputs.ndim)
-        T = front.count if front is not None else inputs.shape[1]
+        T = ahead + (front.count if front is not None else inputs.shape[1])
+        if ahead and documents is not None:
+            fix = "data.isolate=false, or rows instead of running text"
+            raise ConfigError("tuning.type and data", "a prompt before packed documents", "one text a row", fix)
+        real = real if real is None or not ahead else F.pad(real, (ahead, 0), value=True)
         if cache is not None:
             positions = cache.next_positions(T, real)
         elif documents is not None:
@@ -280,9 +322,8 @@ class Transformer(nn.Module):
         else:
             positions = torch.arange(T, device=device)[None]
         if cache is None and front is None and self.config.max_len < T and int(positions.max()) >= self.config.max_len:
-            raise InputError(
-                "input_ids", f"{int(positions.max()) + 1} positions", f"at most max_len {self.config.max_len}"
-            )
+            found = f"{int(positions.max()) + 1} positions" + (f", {ahead} of them a prompt's" if ahead else "")
+            raise InputError("input_ids", found, f"at most max_len {self.config.max_len}")
         plain = real is None and documents is None and cache is None
         return Sight(positions, positions, real, documents, documents, plain=plain)
 

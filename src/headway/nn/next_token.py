@@ -117,6 +117,8 @@ def next_token(model: Transformer, ids: Tensor, cache: Cache) -> tuple[Tensor, T
     stack, (B, T) = model.decoder, ids.shape
     if stack is None or not cache.is_whole or not packed.planes() or torch.is_grad_enabled() or model.training:
         return None
+    if model.prompt is not None:
+        return None
     if T > 1 and (T > FEW or cache.last_only or any(s.capacity < cache.max_len for s in cache.groups.values())):
         return None
     is_cpu = usable() and cache.lengths.is_cpu

@@ -204,7 +204,7 @@ def pack_leaf(model: nn.Module, name: str, packed: Packed) -> None:
 
 def check_plain(model: nn.Module) -> None:
     """Raise ConfigError for a model with adapters beside its weights: the weights alone would be another model."""
-    if any(hasattr(module, "low_rank") for module in model.modules()):
+    if any(hasattr(module, "added") for module in model.modules()):
         fix = "headway convert RUN DST --to headway --merge"
         raise ConfigError("model", "adapters beside its weights", "plain weights", fix)
 

@@ -115,4 +115,5 @@ def next_token(model: Transformer, ids: Tensor, cache: Cache) -> Outputs | None:
 def _is_fixed(model: Transformer) -> bool:
     """Whether a step of one token does the same operations whatever its numbers are."""
     rope = None if model.decoder is None else model.decoder.rope
-    return model.config.feed_forward.experts is None and not (rope is not None and rope.by_length)
+    is_plain = model.config.feed_forward.experts is None and model.prompt is None
+    return is_plain and not (rope is not None and rope.by_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -17,15 +17,18 @@ from headway.training.parallel import Parallel
 class Evaluation(NamedTuple):
     """loss: nats per supervised token; bits_per_byte: of the text; each None where it does not exist (R18).
 
-    sources: the loss of each source, where there are several.
+    sources: the loss of each source, where there are several. rewards: of preferences, see REWARDS.
     """
 
     loss: float | None
     bits_per_byte: float | None
     tokens: int
     sources: Mapping[str, float] | None = None
+    rewards: Mapping[str, float] | None = None
 
 
+REWARDS = ("chosen", "rejected", "margin", "accuracy")
+"""Of pairs of completions: the mean reward of each, their difference, and how often the chosen one's is higher."""
 DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,7 +86,8 @@ def evaluate(
     if every batch knows its bytes. No supervised token at all gives None for both, never NaN.
     """
     world = parallel.world
-    tokens, size, is_text = 0, 0, True
+    tokens, size, is_text, is_judged = 0, 0, True, False
+    sums = [0.0] * len(REWARDS)
     parts: dict[str, list[float]] = {}  # by source: this process's nats, tokens of all
     with resting(parallel.model, device):
         for batch in batches:
@@ -96,9 +100,12 @@ def evaluate(
             part = parts.setdefault(batch.source or "", [0.0, 0])
             for inputs, weight in own:
                 with precision():
-                    part[0] += float(parallel.loss(to_device(inputs, device))) * weight * count
+                    loss, rewards = _judged(parallel, to_device(inputs, device))
+                part[0] += float(loss) * weight * count
+                sums = [a + b * weight * count for a, b in zip(sums, rewards, strict=True)]
             part[1] += count
             tokens += count
+            is_judged |= "reference" in batch.inputs
             is_text &= batch.bytes is not None
             size += batch.bytes or 0
         parallel.settle()
@@ -106,6 +113,21 @@ def evaluate(
         dict(zip(parts, world.sums(*(own / world.tensor for own, _ in parts.values())), strict=True)) if parts else {}
     )
     total = sum(nats.values())
+    judged = (
+        dict(zip(REWARDS, (x / tokens for x in world.sums(*(one / world.tensor for one in sums))), strict=True))
+        if is_judged
+        else None
+    )
     bits = total / math.log(2) / size if is_text and size else None
     sources = {name: nats[name] / part[1] for name, part in parts.items() if name}
-    return Evaluation(total / tokens if tokens else None, bits, tokens, sources or None)
+    return Evaluation(total / tokens if tokens else None, bits, tokens, sources or None, judged)
+
+
+def _judged(parallel: Parallel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Sequence[float]]:
+    """The loss, and of preferences the means that REWARDS names."""
+    if "reference" not in inputs:
+        return parallel.loss(inputs), (0.0,) * len(REWARDS)
+    found = parallel.rewards(inputs)
+    chosen, rejected = found.unbind(1)
+    means = (chosen, rejected, chosen - rejected, (chosen > rejected).to(found))
+    return parallel.model.preferences.loss(found), [float(one.mean()) for one in means]

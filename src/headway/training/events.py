@@ -45,7 +45,8 @@ class StepEvent:
 class EvalEvent:
     """One evaluation: mean loss per token in nats and bits per byte of text, with a sample where one is made.
 
-    `sources` are the losses of each source of a mixture, None elsewhere.
+    `sources` are the losses of each source of a mixture, `rewards` those of preferences (evaluate.REWARDS), None
+    elsewhere.
     """
 
     step: int
@@ -55,6 +56,7 @@ class EvalEvent:
     best: bool
     sample: str | None = None
     sources: Mapping[str, float | None] | None = None
+    rewards: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

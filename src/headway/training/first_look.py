@@ -64,7 +64,7 @@ def _below(batch: TrainingBatch, name: str, ids: Tensor, limit: int, what: str) 
     wrong = (ids >= limit) | ((ids < 0) & (ids != IGNORED))
     if bool(wrong.any()):
         row = int(wrong.flatten(1).any(1).nonzero()[0]) if wrong.ndim > 1 else int(wrong.nonzero()[0])
-        found = f"row {batch.sample_ids[row]}: {name} holds {int(ids[wrong][0])}"
+        found = f"row {batch.sample(row)}: {name} holds {int(ids[wrong][0])}"
         raise InputError("data", found, f"0 to {limit - 1}, below {what}", "the tokenizer and labels of this model")
 
 
@@ -76,7 +76,7 @@ def _one_beginning(seen: Look) -> None:
         if ids is not None and ids.shape[1] > 1:
             twice = (ids[:, 0] == seen.bos) & (ids[:, 1] == seen.bos)
             if bool(twice.any()):
-                row = batch.sample_ids[int(twice.nonzero()[0])]
+                row = batch.sample(int(twice.nonzero()[0]))
                 found = f"row {row} begins with the token {seen.bos} twice"
                 raise InputError("data", found, "one", "leave it out of the text: the template adds it")
 

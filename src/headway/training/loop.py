@@ -449,7 +449,8 @@ class Trainer:
             p.stale += 1
         p.evaluated, self._evaluation = p.step, found
         sources = None if found.sources is None else {name: number(one) for name, one in found.sources.items()}
-        self._emit(EvalEvent(p.step, loss, number(found.bits_per_byte), found.tokens, is_best, text, sources))
+        bits = number(found.bits_per_byte)
+        self._emit(EvalEvent(p.step, loss, bits, found.tokens, is_best, text, sources, found.rewards))
         if health is not None:
             self._emit(health)
         self._meter.restart()

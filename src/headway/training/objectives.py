@@ -50,19 +50,35 @@ class TrainingBatch:
         """Supervised labels: those that are not -100."""
         return count_supervised(self.inputs)
 
+    def sample(self, row: int) -> int:
+        """The number of the example that a row is of; some have two."""
+        return self.sample_ids[row * len(self.sample_ids) // len(self.inputs["labels"])]
+
     def split(self, parts: int) -> list[dict[str, Tensor]]:
         """The inputs in `parts` passes of nearly equal numbers of rows; fewer passes if there are fewer rows."""
         rows = len(self.inputs["labels"])
         if not rows or any(len(tensor) != rows for tensor in self.inputs.values()):
             sizes = {name: len(tensor) for name, tensor in self.inputs.items()}
             raise BugError("batch", f"rows {sizes}", "at least one row, and the same number in every tensor")
-        cut = {name: tensor.tensor_split(min(parts, rows)) for name, tensor in self.inputs.items()}
+        together = rows_together(self.inputs)
+        parts = min(parts, rows // together)
+        ends = torch.arange(rows // together).tensor_split(parts)
+        cut = {
+            name: tensor.tensor_split([int(part[0]) * together for part in ends[1:]])
+            for name, tensor in self.inputs.items()
+        }
         return [dict(zip(cut, pieces, strict=True)) for pieces in zip(*cut.values(), strict=True)]
 
 
+def rows_together(inputs: Mapping[str, Tensor]) -> int:
+    """Rows that no pass may part: the two completions of a preference."""
+    return 2 if "reference" in inputs else 1
+
+
 def count_supervised(inputs: Mapping[str, Tensor]) -> int:
-    """How many labels count towards the loss."""
-    return int((inputs["labels"] != IGNORED).sum())
+    """How many labels count towards the loss; of preferences, how many pairs."""
+    known, together = inputs["labels"] != IGNORED, rows_together(inputs)
+    return int(known.sum() if together == 1 else known.view(-1, together * known.shape[1]).any(1).sum())
 
 
 class BatchSource(Protocol):

@@ -76,6 +76,11 @@ class Parallel:
         found: Tensor = self._call("loss", inputs)
         return found
 
+    def rewards(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """`model.rewards(**inputs)`."""
+        found: Tensor = self._call("rewards", inputs)
+        return found
+
     def vectors(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """`model(**inputs).logits`."""
         found: Tensor = self._call("forward", inputs).logits
@@ -138,7 +143,8 @@ def _shard(model: Transformer, world: World) -> None:
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "rewards"):
+        register_fsdp_forward_method(model, method)
 
 
 # --- tensor parallelism ------------------------------------------------------------------------------------------

@@ -48,7 +48,16 @@ TABLE_RATE, ADAMW_RATE, MUON_RATE = 0.04, 0.004, 0.03
 # docs/recipe.md, as the rates above are those of the recipe's own form.
 POST_TABLE_RATE, GENTLE_MUON_RATE = 0.001, 0.01
 LION_SHARE, LION_BETA2 = 0.2, 0.99  # of AdamW's rate: 3 to 10 times lower (arXiv:2302.06675, section 5)
-LOW_RANK_RATE = 5e-4  # of adapters, whatever their rank: about ten times that of fine-tuning all weights
+# Of adapters, whatever their rank about ten times that of fine-tuning all weights; of what is smaller still, more
+# (LoRA arXiv:2106.09685, table 11; (IA)^3 arXiv:2205.05638, section 3.4; prompts arXiv:2104.08691, section 3).
+METHOD_RATES: Mapping[str, float] = {
+    "lora": 5e-4,
+    "bottleneck": 5e-4,
+    "ia3": 3e-3,
+    "prefix": 1e-2,
+    "prompt": 1e-2,
+    "partial": 2e-4,
+}
 DEFAULT_BUDGET = "3m"
 SHARE_FOR_STEPS = 0.9  # of the budget; the rest is for evaluation, samples and checkpoints
 EVALUATIONS = 10
@@ -195,7 +204,7 @@ def _rows(run: RunConfig, facts: Facts, chosen: Callable[[], int]) -> int:
 
 def _tuned(run: RunConfig) -> RunConfig:
     """The numbers of fine-tuning, where the user has not said others."""
-    lr = LOW_RANK_RATE if run.tuning is not None else TUNING["lr"]
+    lr = METHOD_RATES.get(run.tuning.type, TUNING["lr"]) if run.tuning is not None else TUNING["lr"]
     lion = {"lr": LION_SHARE * lr, "beta2": LION_BETA2} if run.train.optimizer == "lion" else {}
     fields = {**TUNING, "lr": lr, **lion}
     open_fields = {key: value for key, value in fields.items() if key not in run.train.model_fields_set}

@@ -7,6 +7,7 @@
     token-classification        Tagged      encoder          a class at each word's first token
     span                        Question    encoder          the first and the last token of the answer
     contrastive                 Pair        encoder          the pair's number, at both its texts
+    preference                  Preference  decoder          the tokens of two completions, one row each
 
 Objectives on running text are in objectives.py (windows), images in pictures.py; all of them end as a BatchSource.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from headway.data.batches import IGNORE
 from headway.data.encode import (
+    SECOND,
     Coder,
     Encode,
     Encoded,
@@ -33,17 +35,18 @@ from headway.data.encode import (
     dialogue,
     framed,
     labelled,
+    preferred,
     tagged,
     translation,
 )
 from headway.data.examples import Examples
-from headway.data.forms import Chat, Example, Labelled, Pair, Question, Tagged
+from headway.data.forms import Chat, Example, Labelled, Pair, Preference, Question, Tagged
 from headway.data.mixture import MixedRows
 from headway.errors import ConfigError, InputError
 from headway.training.budget import BudgetedExamples, cuts
 from headway.training.objectives import ShuffledExamples, TrainingBatch
 
-SECOND = "second_ids"  # the column of a pair's other text
+REFERENCE = "reference"  # the column of two log-likelihoods
 
 
 class Classes(NamedTuple):
@@ -74,7 +77,8 @@ def paired(pair: Pair, coder: Coder) -> Iterator[Encoded]:
     """Two texts that belong together, each on its own."""
     first, _, cut = framed(coder.ids(pair.source), None, coder)
     second, _, more = framed(coder.ids(pair.target), None, coder)
-    yield Encoded({"input_ids": first["input_ids"], SECOND: second["input_ids"]}, pair.where, cut + more)
+    columns = {"input_ids": first["input_ids"], SECOND["input_ids"]: second["input_ids"]}
+    yield Encoded(columns, pair.where, cut + more)
 
 
 TASKS: Mapping[str, Task] = {
@@ -84,6 +88,7 @@ TASKS: Mapping[str, Task] = {
     "token-classification": Task(("encoder", "decoder"), {Tagged: tagged}, "token-classification", True),
     "span": Task(("encoder",), {Question: answered}, "span"),
     "contrastive": Task(("encoder", "decoder"), {Pair: paired}, "pooled-embedding"),
+    "preference": Task(("decoder",), {Preference: preferred}, None, True),
 }
 # What an example asks for where nobody names an objective; of several the first that the model's kind can have.
 BY_FORM: Mapping[type, tuple[str, ...]] = {
@@ -92,6 +97,7 @@ BY_FORM: Mapping[type, tuple[str, ...]] = {
     Labelled: ("sequence-classification",),
     Tagged: ("token-classification",),
     Question: ("span",),
+    Preference: ("preference",),
 }
 
 
@@ -156,16 +162,31 @@ class ExampleBatches:
 
     def __init__(self, examples: Examples, task: Task, pad: int) -> None:
         self.examples = examples
-        self._pads = {"input_ids": pad, SECOND: pad, "token_types": 0}
-        self._pads |= {"labels": IGNORE} if task.sequence_labels else {}
+        self._pads = {"input_ids": pad, SECOND["input_ids"]: pad, "token_types": 0}
+        self._pads |= {"labels": IGNORE, SECOND["labels"]: IGNORE} if task.sequence_labels else {}
         self._reads_target = task.kinds[0] == "encoder-decoder"
 
     def collate(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """These examples; a pair becomes two rows, one behind the other, with its number as label."""
+        """These examples; of two texts each is a row, one behind the other.
+
+        Texts that only belong together have their number as label.
+        """
         inputs = self.examples.batch(ids, self._pads)
-        if SECOND not in inputs:
+        if SECOND["input_ids"] not in inputs:
             return inputs
-        return _interleaved(inputs, self._pads["input_ids"], self.examples, ids)
+        out = {
+            name: _interleaved([inputs[name], inputs[SECOND[name]]], self._pads[name])
+            for name in SECOND
+            if SECOND[name] in inputs
+        }
+        sizes = np.stack(
+            [self.examples.columns[name].lengths[list(ids)] for name in ("input_ids", SECOND["input_ids"])], 1
+        )
+        out["attention_mask"] = (
+            torch.arange(out["input_ids"].shape[1])[None] < torch.from_numpy(sizes).flatten()[:, None]
+        )
+        out.setdefault("labels", torch.arange(len(ids)).repeat_interleave(2))
+        return {**out, REFERENCE: inputs[REFERENCE].flatten()} if REFERENCE in inputs else out
 
     def shuffled(
         self, batch_size: int, seed: int, tokenizer_hash: str, mixed: MixedRows | None = None
@@ -185,7 +206,7 @@ class ExampleBatches:
         The input; of an encoder-decoder the target too; of a pair both its rows, which are padded alike.
         """
         columns = self.examples.columns
-        if SECOND in columns:
+        if SECOND["input_ids"] in columns:
             return 2 * self.examples.lengths[:, None]
         names = ["input_ids", *(["labels"] if self._reads_target else [])]
         return np.stack([columns[name].lengths for name in names], 1)
@@ -216,14 +237,8 @@ class ExampleBatches:
             yield TrainingBatch(self.collate(ids), ids)
 
 
-def _interleaved(inputs: dict[str, Tensor], pad: int, examples: Examples, ids: Sequence[int]) -> dict[str, Tensor]:
-    first, second = inputs["input_ids"], inputs[SECOND]
-    longest = max(first.shape[1], second.shape[1])
-    sides = [torch.nn.functional.pad(side, (0, longest - side.shape[1]), value=pad) for side in (first, second)]
-    sizes = torch.tensor([[len(examples.columns[name][i]) for name in ("input_ids", SECOND)] for i in ids]).flatten()
-    table = torch.stack(sides, 1).flatten(0, 1)
-    return {
-        "input_ids": table,
-        "attention_mask": torch.arange(longest)[None] < sizes[:, None],
-        "labels": torch.arange(len(ids)).repeat_interleave(2),
-    }
+def _interleaved(sides: Sequence[Tensor], pad: int) -> Tensor:
+    """Rows (B, T) of each side in turn, padded to one length."""
+    longest = max(side.shape[1] for side in sides)
+    padded = [torch.nn.functional.pad(side, (0, longest - side.shape[1]), value=pad) for side in sides]
+    return torch.stack(padded, 1).flatten(0, 1)

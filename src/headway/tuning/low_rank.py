@@ -12,31 +12,31 @@ as where they are layers of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from headway.nn.packed import PackedLinear
+from headway.kernels.training import Context, apply
 from headway.nn.precision import wide
+from headway.tuning.beside import OnLayer, Rows, weight_of
+
+Spans = Sequence[tuple[Rows, int, float]]
+"""Of each part: its rows, its rank, its scale."""
 
 
-class Rows(NamedTuple):
-    """A part of a layer's rows: [start, start + size)."""
-
-    start: int
-    size: int
-
-
-class LowRank(nn.Module):
+class LowRank(OnLayer):
     """One adapter on one layer.
 
     Args:
         columns, rows: C and R of the layer. parts: {name: its rows}, in order. ranks, scales: r and s of each part.
         dropout: of the inputs of A. dora: whether rows have magnitudes.
     """
+
+    merges = True
 
     def __init__(
         self,
@@ -58,12 +58,22 @@ class LowRank(nn.Module):
         for tensor in self.A.values():
             nn.init.kaiming_uniform_(tensor, a=5**0.5)  # uniform within 1 / sqrt(C), as nn.Linear begins
 
+    @property
+    def is_single(self) -> bool:
+        """Magnitudes count whole, and beside no other."""
+        return bool(self.magnitude)
+
     @torch.no_grad()
-    def begin(self, weight: Tensor) -> None:
-        """Begin with the lengths that the rows of a weight (R, C) have."""
-        for name, lengths in self.magnitude.items():
-            rows = self.parts[name]
-            lengths.copy_(weight[rows.start : rows.start + rows.size].float().norm(dim=1))
+    def begin(self, weight: Tensor, *, svd: bool = False) -> None:
+        """Begin with the lengths that the rows of a weight (R, C) have, and with `svd` with the r directions of inputs
+        that it stretches most, as long in all as a random start is on average."""
+        for name, part in self.parts.items():
+            own = weight[part.start : part.start + part.size].float()
+            if name in self.magnitude:
+                self.magnitude[name].copy_(own.norm(dim=1))
+            A = self.A[name]
+            if svd and len(A) <= min(own.shape):
+                A.copy_(torch.linalg.svd(own, full_matrices=False).Vh[: len(A)] / 3**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """s B A x of all parts, (..., C) -> (..., R); zero where there is no part."""
@@ -99,64 +109,82 @@ class LowRank(nn.Module):
             found = torch.cat((found[: rows.start], self.magnitude[name] / norms[rows], found[rows.stop :]))
         return found
 
-
-class Adapted(nn.Module):
-    """A linear layer, of floats or in codes, with adapters by name.
-
-    `strengths` says which of them count and how much; those of the model change together (`adapters.use`). One with
-    magnitudes can only be used alone.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.low_rank = nn.ModuleDict()
-        self.strengths: dict[str, float] = {}
-
-    def active(self) -> dict[str, tuple[LowRank, float]]:
-        """The adapters in use that this layer has."""
-        found = {name: (self.low_rank[name], much) for name, much in self.strengths.items() if name in self.low_rank}
-        return {name: (adapter, much) for name, (adapter, much) in found.items() if isinstance(adapter, LowRank)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., R)."""
-        out: Tensor = self.base(x)
-        for adapter, strength in self.active().values():
-            if not adapter.magnitude:
-                delta = adapter(x)
-                out = out + (delta if strength == 1.0 else delta * strength)
-                continue
-            bias = self.base.bias
-            assert bias is None or isinstance(bias, Tensor)
-            plain = out if bias is None else out - bias
-            out = (plain + adapter(x)) * adapter.lengths(weight_of(self.base)).to(x.dtype)
-            out = out if bias is None else out + bias
+    def whole(self, x: Tensor, base: nn.Module, strength: float) -> Tensor | None:
+        """Where gradients are wanted of a frozen layer and nothing has to be dropped, one operation (_Joined)."""
+        drops = self.training and self.dropout > 0
+        if drops or self.magnitude or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return None
+        weight, bias = frozen(base)
+        A = torch.cat([self.A[name] for name in self.parts])
+        if weight is None or A.dtype != x.dtype or not (x.requires_grad or A.requires_grad):
+            return None
+        spans = [(part, len(self.A[name]), strength * self.scales[name]) for name, part in self.parts.items()]
+        out: Tensor = apply(_Joined, x, weight, bias, spans, A, *(self.B[name] for name in self.parts))
         return out
 
-    def merged(self) -> Tensor:
-        """The weight that the layer has with its adapters in use, (R, C), in float32 at least."""
-        weight = wide(weight_of(self.base))
-        for adapter, strength in self.active().values():
-            if adapter.magnitude:
-                weight = (weight + adapter.matrix()) * adapter.lengths(weight)[:, None]
-            else:
-                weight = weight + strength * adapter.matrix()
-        return weight.detach()
+    def after(self, out: Tensor, x: Tensor, base: nn.Module, strength: float) -> Tensor:
+        """W x + b and this; with magnitudes each row at its own length."""
+        if not self.magnitude:
+            delta: Tensor = self(x)
+            return out + (delta if strength == 1.0 else delta * strength)
+        bias = base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        plain = out if bias is None else out - bias
+        out = (plain + self(x)) * self.lengths(weight_of(base)).to(x.dtype)
+        return out if bias is None else out + bias
+
+    def merged(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        """W + s B A, with magnitudes at their lengths."""
+        if self.magnitude:
+            return (weight + self.matrix()) * self.lengths(weight)[:, None], bias
+        return weight + strength * self.matrix(), bias
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(R, C) of a linear layer of floats or in codes, with adapters or without."""
-    layer = layer.base if isinstance(layer, Adapted) else layer
-    if isinstance(layer, PackedLinear):
-        return layer.shape
-    assert isinstance(layer, nn.Linear)
-    return layer.out_features, layer.in_features
+def frozen(base: nn.Module) -> tuple[Callable[[], Tensor] | None, Tensor | None]:
+    """(what makes a layer's weight when it is asked, its bias), None for a weight or a bias that learns."""
+    bias = base.bias if isinstance(base.bias, Tensor) else None
+    if (bias is not None and bias.requires_grad) or any(p.requires_grad for p in base.parameters()):
+        return None, None
+    return partial(weight_of, base), bias
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """Its weight in floats, (R, C), without adapters."""
-    layer = layer.base if isinstance(layer, Adapted) else layer
-    if isinstance(layer, PackedLinear):
-        return layer.packed.unpack()
-    assert isinstance(layer, nn.Linear)
-    return layer.weight
+class _Joined(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T of all parts as one operation.
+
+    What is added goes into the product's own memory, and the backward pass keeps x and x A^T alone: a layer in codes is
+    unpacked twice, in between no weight stands in floats.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None, spans: Spans, A: Tensor, *Bs: Tensor
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out, inner = F.linear(rows, weight().to(x.dtype), None if bias is None else bias.to(x.dtype)), rows @ A.T
+        for (part, share, scale), B in zip(_shares(spans, inner), Bs, strict=True):
+            out[:, part.start : part.start + part.size].addmm_(share, B.T, alpha=scale)
+        ctx.save_for_backward(rows, inner, A, *Bs)
+        ctx.weight, ctx.spans, ctx.shape = weight, spans, x.shape
+        return out.view(*x.shape[:-1], out.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, A, *Bs = ctx.saved_tensors
+        dy = dy.reshape(len(rows), -1)
+        d_inner, d_Bs = torch.empty_like(inner), []
+        shares = zip(_shares(ctx.spans, inner), _shares(ctx.spans, d_inner), Bs, strict=True)
+        for (part, share, scale), (_, d_share, _), B in shares:
+            own = dy[:, part.start : part.start + part.size]
+            d_share.addmm_(own, B, beta=0, alpha=scale)
+            d_Bs.append((own.T @ share).mul_(scale))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ ctx.weight().to(dy.dtype)).addmm_(d_inner, A).view(ctx.shape)
+        return dx, None, None, None, d_inner.T @ rows, *d_Bs
+
+
+def _shares(spans: Spans, inner: Tensor) -> Iterator[tuple[Rows, Tensor, float]]:
+    """Each part with its columns of x A^T and its scale."""
+    shares = torch.split(inner, [rank for _, rank, _ in spans], 1)
+    return ((part, share, scale) for (part, _, scale), share in zip(spans, shares, strict=True))

@@ -24,7 +24,8 @@ from headway.families._translate import Plan, Rule
 from headway.nn import Transformer
 from headway.strict import field, strict_json
 from headway.tuning.adapters import DEFAULT, Layer, adapted, layers, names, put, use
-from headway.tuning.low_rank import Adapted, LowRank, shape_of
+from headway.tuning.beside import Adapted, shape_of
+from headway.tuning.low_rank import LowRank
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_sha256"
@@ -124,6 +125,7 @@ def write(
     """
     if name not in names(model):
         raise ConfigError("adapter", repr(name)[:80], ", ".join(names(model)) or "a model with adapters")
+    _check_kind(model, name)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -165,6 +167,13 @@ def write(
     return target
 
 
+def _check_kind(model: Transformer, name: str) -> None:
+    kinds = {type(place.added[name]) for place in adapted(model).values() if name in place.added}
+    if kinds != {LowRank}:
+        found = ", ".join(sorted(kind.__name__.lower() for kind in kinds))
+        raise ConfigError("--to peft", f"an adapter of the kind {found}", "lora", "--to headway keeps the run")
+
+
 def _task(model: Transformer) -> str | None:
     """peft's name of what the model is for; None, which suits any model, where it has no name or another input."""
     if model.config.embeddings.audio is not None:
@@ -173,9 +182,8 @@ def _task(model: Transformer) -> str | None:
 
 
 def _adapter(layer: Layer, name: str) -> LowRank | None:
-    found = layer.module.low_rank[name] if isinstance(layer.module, Adapted) and name in layer.module.low_rank else None
-    assert found is None or isinstance(found, LowRank)
-    return found
+    found = layer.module.added[name] if isinstance(layer.module, Adapted) and name in layer.module.added else None
+    return found if isinstance(found, LowRank) else None
 
 
 def _joined(adapter: LowRank, place: Place, parts: Sequence[str]) -> tuple[Tensor, Tensor, float]:
