@@ -26,8 +26,8 @@ from real_data import smollm2
 import headway
 from headway import saving
 from headway.machine import peak_bytes
-from headway.tuning_config import LowRankTuning
 from headway.tuning.tuned import tuned
+from headway.tuning_config import LowRankTuning
 
 Step = Callable[[torch.Tensor], float]
 KINDS = ("headway", "headway, codes", "peft")

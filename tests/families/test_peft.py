@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from headway.families import families
 from headway.families._translate import Plan, plan
 from headway.nn import Transformer
-from headway.tuning_config import LowRankTuning
 from headway.tuning import adapters, peft_folder
+from headway.tuning_config import LowRankTuning
 
 # Its layers in transformers 5 are others than those of its files: three projections where these have one.
 ROWS = [Reference(name, next(iter(f.heads)), "") for name, f in families().items() if name != "nomic_bert"]

@@ -17,11 +17,11 @@ from headway.kernels.ggml import quantize
 from headway.launch import Launch, train
 from headway.nn import Transformer
 from headway.nn.packed import Packed, exact
-from headway.tuning_config import LowRankTuning
 from headway.tuning import adapters, peft_folder
 from headway.tuning.beside import Adapted, Rows
 from headway.tuning.low_rank import LowRank
 from headway.tuning.tuned import tuned
+from headway.tuning_config import LowRankTuning
 
 SIZES: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_head": 16, "d_ff": 64}
 SIZES |= {"vocab_size": 50, "max_len": 40, "norm": "rmsnorm", "feed_forward": "swiglu"}
