@@ -254,6 +254,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
     limits = machine.probe(device.type) if world.is_first else None
     config, run, reason = _settle(made, limits, world)
     torch.set_num_threads(run.train.threads or 1)
+    machine.keep_memory()
     if made.teacher is not None:
         check_teaching(made.teacher.model.config, config)
     assert run.data.context is not None and run.train.steps is not None

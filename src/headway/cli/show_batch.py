@@ -76,7 +76,7 @@ def _lines(row: Mapping[str, Tensor], tokenizer: Tokenizer | None, classes: Sequ
         hidden = f"{int((labels[:, 0] >= -1).sum())} of {len(labels)} patches hidden" if labels.ndim == 2 else ""
         return [Line(f"{what} {tuple(signal.shape)}: {hidden or _name(labels, classes)}", [])]
     ids, mask = row["input_ids"], row.get("attention_mask")
-    count = len(ids) if mask is None else int(mask.sum())
+    count = _length(ids, labels) if mask is None else int(mask.sum())
     documents = row.get("documents")
     texts = [_text(tokenizer, int(token)) for token in ids[:count]]
     firsts = [i > 0 and documents is not None and bool(documents[i] != documents[i - 1]) for i in range(count)]
@@ -100,6 +100,12 @@ def _lines(row: Mapping[str, Tensor], tokenizer: Tokenizer | None, classes: Sequ
     elif not aligned:
         lines.append(Line(f"label: {_name(labels, classes)}", []))
     return lines
+
+
+def _length(ids: Tensor, labels: Tensor) -> int:
+    """How many tokens a row has before what fills it up: one token again and again that nothing is to be said to."""
+    filled = (ids == ids[-1]) & (labels < 0) if labels.shape == ids.shape else ids != ids
+    return len(ids) - int(filled.flip(0).long().cumprod(0).sum())
 
 
 def _said(tokenizer: Tokenizer, classes: Sequence[str], label: int) -> str:

@@ -164,27 +164,27 @@ class ExampleBatches:
         self.examples = examples
         self._pads = {"input_ids": pad, SECOND["input_ids"]: pad, "token_types": 0}
         self._pads |= {"labels": IGNORE, SECOND["labels"]: IGNORE} if task.sequence_labels else {}
-        self._reads_target = task.kinds[0] == "encoder-decoder"
+        self._reads_target, self._is_causal = task.kinds[0] == "encoder-decoder", task.kinds == ("decoder",)
 
     def collate(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """These examples; of two texts each is a row, one behind the other.
 
-        Texts that only belong together have their number as label.
+        Texts that only belong together have their number as label. A decoder's rows have no mask: their padding stands
+        behind them, where no token looks, and has no labels.
         """
         inputs = self.examples.batch(ids, self._pads)
-        if SECOND["input_ids"] not in inputs:
-            return inputs
-        out = {
-            name: _interleaved([inputs[name], inputs[SECOND[name]]], self._pads[name])
-            for name in SECOND
-            if SECOND[name] in inputs
-        }
-        sizes = np.stack(
-            [self.examples.columns[name].lengths[list(ids)] for name in ("input_ids", SECOND["input_ids"])], 1
-        )
-        out["attention_mask"] = (
-            torch.arange(out["input_ids"].shape[1])[None] < torch.from_numpy(sizes).flatten()[:, None]
-        )
+        if SECOND["input_ids"] in inputs:
+            inputs = self._side_by_side(inputs, ids)
+        if self._is_causal:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+    def _side_by_side(self, inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
+        both = [name for name in SECOND if SECOND[name] in inputs]
+        out = {name: _interleaved([inputs[name], inputs[SECOND[name]]], self._pads[name]) for name in both}
+        columns = [self.examples.columns[name].lengths[list(ids)] for name in ("input_ids", SECOND["input_ids"])]
+        sizes = torch.from_numpy(np.stack(columns, 1)).flatten()
+        out["attention_mask"] = torch.arange(out["input_ids"].shape[1])[None] < sizes[:, None]
         out.setdefault("labels", torch.arange(len(ids)).repeat_interleave(2))
         return {**out, REFERENCE: inputs[REFERENCE].flatten()} if REFERENCE in inputs else out
 

@@ -177,7 +177,7 @@ class _Joined(torch.autograd.Function):
         for (part, share, scale), (_, d_share, _), B in shares:
             own = dy[:, part.start : part.start + part.size]
             d_share.addmm_(own, B, beta=0, alpha=scale)
-            d_Bs.append((own.T @ share).mul_(scale))
+            d_Bs.append((share.T @ own).mul_(scale).T)  # r rows of R go faster than R of r
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ ctx.weight().to(dy.dtype)).addmm_(d_inner, A).view(ctx.shape)
