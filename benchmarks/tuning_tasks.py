@@ -6,6 +6,8 @@
                  with `float32` by LoRA and full fine-tuning
     movies       the same of movie sentences, for or against
     minilm       all-MiniLM on movie sentences: LoRA against full fine-tuning, on the same held-out rows
+    vision       a small ViT that knows clothes (Fashion-MNIST) learns digits (scikit-learn's), by LoRA and whole
+    pair         a small translator of Tatoeba's short sentences learns its long ones, by LoRA and whole
     preferences  SmolLM2-135M learns to prefer praise to blame: pairs of movie sentences, DPO with LoRA on the codes
 
 The last line is JSON.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import struct
 import sys
 import tempfile
 import time
@@ -29,7 +32,7 @@ import numpy as np
 import torch
 from common import report
 from real_data import is_held_out, minilm, smollm2
-from task_data import movies, questions
+from task_data import movies, questions, tatoeba
 
 import headway
 from headway.assess import How, assess, predicted
@@ -96,27 +99,97 @@ def opinions() -> list[dict[str, Any]]:
     return [{"text": row["text"], "label": names.get(row["label"], row["label"])} for row in movies()]
 
 
-def low_rank_or_all(args: argparse.Namespace) -> dict[str, Any]:
-    """all-MiniLM, the same rows and epochs; of the same held-out rows the difference has an interval of its own."""
-    path, test = sides(movies(), args.folder)
+def fit(folder: Path, **fields: Any) -> tuple[headway.Loaded, int, float]:
+    """A trained model, the parameters that learned, the seconds."""
+    began = time.perf_counter()
+    with Display() as display:
+        done = train({**fields, "output": str(folder)}, Launch(overwrite=True), display)
+    return headway.load(done.folder), done.trained, time.perf_counter() - began
+
+
+def both(args: argparse.Namespace, base: str, test: str, data: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """LoRA and full fine-tuning with the same rows and steps, each at a rate of its own.
+
+    On the same held-out rows their difference has an interval of its own.
+    """
     right, out = {}, {}
     for name, tuning in (("full", None), ("lora", {"rank": 8})):
-        began = time.perf_counter()
-        run = {
-            "base": str(minilm()), "tuning": tuning, "data": {"path": str(path)}, "output": str(args.folder / name),
-            "train": {"epochs": 3.0, "threads": args.threads, "batch_size": 32},
-        }  # fmt: skip
-        with Display() as display:
-            done = train(run, Launch(overwrite=True), display)
-        loaded = headway.load(done.folder)
-        seconds = time.perf_counter() - began
-        found, true = predicted(loaded, str(test), How()).data[:2]
+        more = {"threads": args.threads, **fields.get("train", {}), **fields.get(name, {})}
+        loaded, trained, seconds = fit(args.folder / name, base=base, tuning=tuning, data=data, train=more)
+        found, true = predicted(loaded, test, How()).data[:2]
         right[name] = np.asarray(found) == np.asarray(true)
-        [measured] = assess(loaded, str(test), ("accuracy",))
-        out[name] = {"accuracy": measured.interval._asdict(), "trained": done.trained, "seconds": seconds}
+        [measured] = assess(loaded, test, ("accuracy",))
+        out[name] = {"accuracy": measured.interval._asdict(), "trained": trained, "seconds": seconds}
         print(name, out[name], flush=True)
     gain = right["lora"].astype(float) - right["full"].astype(float)
     return {**out, "lora over full": mean_of("gain", "gain|units:examples", gain, 0).interval._asdict()}
+
+
+def low_rank_or_all(args: argparse.Namespace) -> dict[str, Any]:
+    path, test = sides(movies(), args.folder)
+    return both(args, str(minilm()), str(test), {"path": str(path)}, train={"epochs": 3.0, "batch_size": 32})
+
+
+def vision(args: argparse.Namespace) -> dict[str, Any]:
+    from packages import debian
+    from sklearn.datasets import load_digits
+
+    place = debian("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist")
+    how = {"type": "image-classification", "shift": 0, "flip": False}
+    shape = {"model": {"depth": 2}, "objective": how, "data": {"path": str(place), "patch": 7}}
+    base, _, seconds = fit(args.folder / "clothes", **shape, budget="3m", train={"lr": 0.01, "threads": args.threads})
+    [known] = assess(base, str(place), ("accuracy",), How(rows=256))
+    digits = load_digits()
+    images = np.pad(np.kron(digits.images, np.ones((3, 3))) * 15.9, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    folder = args.folder / "digits"
+    folder.mkdir(exist_ok=True)
+    for name, part in (("train", slice(0, 1300)), ("t10k", slice(1300, None))):
+        for kind, values in (
+            ("images-idx3-ubyte", images[part]),
+            ("labels-idx1-ubyte", digits.target[part].astype(np.uint8)),
+        ):
+            header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+            (folder / f"{name}-{kind}").write_bytes(header + values.tobytes())
+    tuned = both(
+        args, str(args.folder / "clothes"), str(folder), {"path": str(folder), "patch": 7},
+        train={"epochs": 30.0, "batch_size": 32}, full={"lr": 1e-3}, lora={"lr": 5e-3},
+    )  # fmt: skip
+    return {"clothes": {"accuracy": known.interval._asdict(), "seconds": seconds}, **tuned}
+
+
+def pair(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the long sentences the base has never seen one; BLEU of both and of the base on 300 held out."""
+    rows = [{"text": row["source"], **row} for row in tatoeba()]
+    files: dict[str, tuple[Path, Path]] = {}
+    for name, some in (
+        ("short", [r for r in rows if len(r["source"]) < 30]),
+        ("long", [r for r in rows if len(r["source"]) >= 45]),
+    ):
+        (args.folder / name).mkdir(exist_ok=True)
+        files[name] = sides([{key: r[key] for key in ("text", "source", "target")} for r in some], args.folder / name)
+        for path in files[name]:
+            kept = [json.loads(line) for line in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps({k: r[k] for k in ("source", "target")}) + "\n" for r in kept))
+    common = {"threads": args.threads, "batch_size": 64}
+    base, _, seconds = fit(
+        args.folder / "base", model={"depth": 3, "max_len": 128}, budget="5m", tokenizer={"kind": "bpe", "vocab_size": 4096},
+        data={"path": str(files["short"][0]), "val_fraction": 0.01}, train=common,
+    )  # fmt: skip
+    how = How(limit=300, max_tokens=64, rows=64)
+
+    def figures(loaded: headway.Loaded) -> dict[str, Any]:
+        return {one.name: one.interval._asdict() for one in assess(loaded, str(files["long"][1]), how=how)}
+
+    out: dict[str, Any] = {"base": {**figures(base), "seconds": seconds}}
+    for name, tuning, lr in (("full", None, 1e-3), ("lora", {"rank": 16}, 5e-3)):
+        more = {**common, "steps": 150, "lr": lr}
+        data = {"path": str(files["long"][0]), "val_fraction": 0.01}
+        loaded, trained, spent = fit(
+            args.folder / name, base=str(args.folder / "base"), tuning=tuning, data=data, train=more
+        )
+        out[name] = {**figures(loaded), "trained": trained, "seconds": spent}
+        print(name, out[name], flush=True)
+    return out
 
 
 def preferences(args: argparse.Namespace) -> dict[str, Any]:
@@ -132,6 +205,9 @@ def preferences(args: argparse.Namespace) -> dict[str, Any]:
         for one, other in zip(chosen, rejected, strict=False):
             pairs[held].append({"prompt": "A sentence about a movie:", "chosen": f" {one}", "rejected": f" {other}"})
     paths = {held: args.folder / f"pairs-{held}.jsonl" for held in pairs}
+    most = {False: 16 * args.steps, True: args.rows}  # two passes; the reference reads every pair once
+    for held in pairs:
+        pairs[held] = pairs[held][:: max(len(pairs[held]) // most[held], 1)][: most[held]]
     for held, rows in pairs.items():
         paths[held].write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = {
@@ -161,6 +237,7 @@ def preferences(args: argparse.Namespace) -> dict[str, Any]:
 
 
 TASKS = {"trec": trec, "movies": for_or_against, "minilm": low_rank_or_all, "preferences": preferences}
+TASKS |= {"vision": vision, "pair": pair}
 
 
 def main() -> None:

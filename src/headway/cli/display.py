@@ -92,9 +92,10 @@ class Display:
             case EvalEvent():
                 self.say(eval_line(event))
             case Plan():
-                # A class or a number per row is no token.
+                # A class or a number per row is no token, and neither is a pair of completions.
+                of_pairs = event.run.objective is not None and event.run.objective.type == "preference"
                 unit = " pixels" if event.model.head.type == "masked-patches" else f" {event.material.unit}"
-                self._unit = "tok" if event.model.head.type in _TOKEN_HEADS else unit
+                self._unit = "tok" if event.model.head.type in _TOKEN_HEADS and not of_pairs else unit
                 for line in event.lines():
                     self.say(line)
             case Started():
