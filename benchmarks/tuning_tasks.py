@@ -172,8 +172,8 @@ def pair(args: argparse.Namespace) -> dict[str, Any]:
             path.write_text("".join(json.dumps({k: r[k] for k in ("source", "target")}) + "\n" for r in kept))
     common = {"threads": args.threads, "batch_size": 64}
     base, _, seconds = fit(
-        args.folder / "base", model={"depth": 3, "max_len": 128}, budget="5m", tokenizer={"kind": "bpe", "vocab_size": 4096},
-        data={"path": str(files["short"][0]), "val_fraction": 0.01}, train=common,
+        args.folder / "base", model={"depth": 3, "max_len": 128}, budget="4m",
+        tokenizer={"kind": "bpe", "vocab_size": 4096}, data={"path": str(files["short"][0]), "val_fraction": 0.01}, train=common,
     )  # fmt: skip
     how = How(limit=300, max_tokens=64, rows=64)
 
