@@ -171,10 +171,11 @@ def pair(args: argparse.Namespace) -> dict[str, Any]:
             kept = [json.loads(line) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps({k: r[k] for k in ("source", "target")}) + "\n" for r in kept))
     common = {"threads": args.threads, "batch_size": 64}
-    base, _, seconds = fit(
-        args.folder / "base", model={"depth": 3, "max_len": 128}, budget="4m",
-        tokenizer={"kind": "bpe", "vocab_size": 4096}, data={"path": str(files["short"][0]), "val_fraction": 0.01}, train=common,
-    )  # fmt: skip
+    words = {"kind": "bpe", "vocab_size": 4096}
+    data: dict[str, Any] = {"path": str(files["short"][0]), "val_fraction": 0.01}
+    sizes = {"depth": 3, "max_len": 128}
+    place = args.folder / "base"
+    base, _, seconds = fit(place, model=sizes, budget="4m", tokenizer=words, data=data, train=common)
     how = How(limit=300, max_tokens=64, rows=64)
 
     def figures(loaded: headway.Loaded) -> dict[str, Any]:
