@@ -62,7 +62,13 @@ def prompted(rows: list[dict[str, Any]], args: argparse.Namespace, last: int = 0
     """Prompting and every method, on the file's codes and on float32."""
     path, test = sides(rows, args.folder, last)
     run = RunConfig(data={"path": str(path), "valid_path": str(test)})
-    words = [f"train.steps={args.steps}", "train.batch_size=16", f"train.threads={args.threads}", "train.eval_rows=256"]
+    words = [
+        f"train.steps={args.steps}",
+        "train.batch_size=16",
+        "train.accumulation=4",
+        f"train.threads={args.threads}",
+        "train.eval_rows=256",
+    ]
     out: dict[str, Any] = {}
     for form, methods in METHODS.items():
         place = args.folder / form
