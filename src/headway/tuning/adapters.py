@@ -21,7 +21,7 @@ from headway.nn import Transformer
 from headway.nn.attention import Attention
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.training.parts import fused_rows
-from headway.tuning.beside import Adapted, Addition, OnLayer, Place, Rows, plain, shape_of, weight_of
+from headway.tuning.beside import Adapted, Addition, OnLayer, Rows, Site, plain, shape_of, weight_of
 from headway.tuning.low_rank import LowRank
 from headway.tuning.small import Bottleneck, Prefix, Prefixes, Prompt, Prompts, Scaling
 from headway.tuning_config import Added, BottleneckTuning, LowRankTuning, PrefixTuning, PromptTuning, ScalingTuning
@@ -162,24 +162,24 @@ def put(model: Transformer, path: str, addition: OnLayer, name: str) -> None:
     _stand(layer, addition, name, layer.base)
 
 
-def _stand(place: Place, addition: Addition, name: str, beside: nn.Module | Tensor) -> None:
+def _stand(site: Site, addition: Addition, name: str, beside: nn.Module | Tensor) -> None:
     like = beside if isinstance(beside, Tensor) else next(iter([*beside.parameters(), *beside.buffers()]))
-    addition.to(like.device, like.dtype if like.is_floating_point() else torch.float32).train(place.training)
-    place.added[name] = addition
+    addition.to(like.device, like.dtype if like.is_floating_point() else torch.float32).train(site.training)
+    site.added[name] = addition
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
     return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)
 
 
-def adapted(model: nn.Module) -> dict[str, Place]:
+def adapted(model: nn.Module) -> dict[str, Site]:
     """Where adapters stand, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Place)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, Site)}
 
 
 def names(model: nn.Module) -> list[str]:
     """The adapters that the model has, in the order in which they came."""
-    return list(dict.fromkeys(name for place in adapted(model).values() for name in place.added))
+    return list(dict.fromkeys(name for site in adapted(model).values() for name in site.added))
 
 
 def use(model: nn.Module, strengths: Mapping[str, float]) -> None:
@@ -192,27 +192,27 @@ def use(model: nn.Module, strengths: Mapping[str, float]) -> None:
     for name in strengths:
         if name not in known:
             raise ConfigError("adapter", repr(name)[:80], ", ".join(known) or "a model with adapters")
-    places = adapted(model).values()
-    for place in places:
-        here = {name: place.added[name] for name in strengths if name in place.added}
+    sites = adapted(model).values()
+    for site in sites:
+        here = {name: site.added[name] for name in strengths if name in site.added}
         single = [name for name, one in here.items() if isinstance(one, Addition) and one.is_single]
         if single and (len(here) > 1 or strengths[single[0]] != 1.0):
             found = "one with magnitudes (DoRA), a prefix or a prompt, weighted or beside others in its place"
             raise ConfigError("adapter", found, "it alone there, at 1.0")
-    for place in places:
-        place.strengths = dict(strengths)
+    for site in sites:
+        site.strengths = dict(strengths)
 
 
 @contextmanager
 def unused(model: nn.Module) -> Iterator[None]:
     """Inside, the model answers as if it had no adapters."""
-    before = {path: place.strengths for path, place in adapted(model).items()}
+    before = {path: site.strengths for path, site in adapted(model).items()}
     use(model, {})
     try:
         yield
     finally:
-        for path, place in adapted(model).items():
-            place.strengths = before[path]
+        for path, site in adapted(model).items():
+            site.strengths = before[path]
 
 
 def merge(model: Transformer) -> int:
@@ -221,25 +221,25 @@ def merge(model: Transformer) -> int:
     Raises ConfigError where a weight is in codes: adding to it would round it again; and for what is part of no matrix.
     """
     found = adapted(model)
-    for path, place in found.items():
-        strange = next((one for one, _ in place.active(Addition) if not one.merges), None)
+    for path, site in found.items():
+        strange = next((one for one, _ in site.active(Addition) if not one.merges), None)
         if strange is not None:
             kind = type(strange).__name__.lower()
             raise ConfigError("adapter", f"{path} has a {kind}, which no weight can hold", "lora or ia3")
-        if isinstance(place, Adapted) and isinstance(place.base, PackedLinear) and place.active(Addition):
-            kinds = "+".join(place.base.kinds)
+        if isinstance(site, Adapted) and isinstance(site.base, PackedLinear) and site.active(Addition):
+            kinds = "+".join(site.base.kinds)
             raise ConfigError("adapter", f"{path} is in codes ({kinds})", "weights in floats", "--dtype float32")
-    for path, place in found.items():
+    for path, site in found.items():
         parent_path, _, leaf = path.rpartition(".")
         parent = model.get_submodule(parent_path)
-        if not isinstance(place, Adapted):
+        if not isinstance(site, Adapted):
             setattr(parent, leaf, None)
             continue
-        if isinstance(place.base, nn.Linear) and place.active(Addition):
-            weight, bias = place.merged()
+        if isinstance(site.base, nn.Linear) and site.active(Addition):
+            weight, bias = site.merged()
             with torch.no_grad():
-                place.base.weight.copy_(weight)
+                site.base.weight.copy_(weight)
                 if bias is not None:
-                    place.base.bias.copy_(bias)
-        setattr(parent, leaf, place.base)
+                    site.base.bias.copy_(bias)
+        setattr(parent, leaf, site.base)
     return len(found)

@@ -35,7 +35,7 @@ class Addition(nn.Module):
 Kind = TypeVar("Kind", bound=Addition)
 
 
-class Place(nn.Module):
+class Site(nn.Module):
     """Where additions stand, by name; `strengths` says which of them count and how much."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class OnLayer(Addition):
         raise BugError("adapter", type(self).__name__, "one that a weight can hold")
 
 
-class Adapted(Place):
+class Adapted(Site):
     """A linear layer, of floats or in codes, with additions."""
 
     def __init__(self, base: nn.Module) -> None:

@@ -168,7 +168,7 @@ def write(
 
 
 def _check_kind(model: Transformer, name: str) -> None:
-    kinds = {type(place.added[name]) for place in adapted(model).values() if name in place.added}
+    kinds = {type(site.added[name]) for site in adapted(model).values() if name in site.added}
     if kinds != {LowRank}:
         found = ", ".join(sorted(kind.__name__.lower() for kind in kinds))
         raise ConfigError("--to peft", f"an adapter of the kind {found}", "lora", "--to headway keeps the run")

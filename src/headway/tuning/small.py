@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from headway.nn.masks import Mask
 from headway.nn.precision import wide
-from headway.tuning.beside import Addition, OnLayer, Place, Rows
+from headway.tuning.beside import Addition, OnLayer, Rows, Site
 
 
 class Scaling(OnLayer):
@@ -90,7 +90,7 @@ class Prefix(Addition):
         self.keys, self.values = (nn.Parameter(torch.randn(tokens, heads, size) * 0.02) for _ in range(2))
 
 
-class Prefixes(Place):
+class Prefixes(Site):
     """What stands before the keys and values of one attention."""
 
     def forward(
@@ -119,7 +119,7 @@ class Prompt(Addition):
         self.vectors = nn.Parameter(wide(start).clone())
 
 
-class Prompts(Place):
+class Prompts(Site):
     """What stands before the embedded input."""
 
     @property
