@@ -43,7 +43,7 @@ from headway.launch import Launch, train
 from headway.machine import peak_bytes
 from headway.run_config import RunConfig
 
-METHODS = {"codes": ("zero-shot", "few-shot", "prompt", "ia3", "lora"), "float32": ("lora", "full")}
+METHODS = {"codes": ("zero-shot", "few-shot", "prompt", "lora"), "float32": ("lora", "full")}
 
 
 def sides(rows: list[dict[str, Any]], folder: Path, last: int = 0) -> tuple[Path, Path]:
@@ -67,7 +67,8 @@ def prompted(rows: list[dict[str, Any]], args: argparse.Namespace, last: int = 0
         "train.batch_size=16",
         "train.accumulation=4",
         f"train.threads={args.threads}",
-        "train.eval_rows=256",
+        "train.eval_rows=64",
+        f"train.eval_every={args.steps}",
     ]
     out: dict[str, Any] = {}
     for form, methods in METHODS.items():
