@@ -22,7 +22,8 @@ from headway.training import loop
 from objective_cases import CASES, config, labelled, pair, rows_file  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("cache")
-TEACHABLE = [name for name in CASES if name not in ("a number", "contrastive")]
+# Preferences have a reference instead of a teacher, and are refused: tests/cli/test_cli_preferences.py.
+TEACHABLE = [name for name in CASES if name not in ("a number", "contrastive", "preferences")]
 WIDE: dict[str, Any] = {"d_model": 48, "n_layers": 1, "n_heads": 2}
 
 
