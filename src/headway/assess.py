@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from headway import loading
-from headway.data.encode import Coder, Losses
+from headway.data.encode import Coder, Losses, filler
 from headway.data.examples import Examples, encode_all, gather
 from headway.data.forms import Example, Labelled, Pair, Preference, Question, Tagged, examples
 from headway.data.images import held_out_images
@@ -28,6 +28,7 @@ from headway.evaluation.predict import answers, in_order, outputs, ranks_of
 from headway.run_config import AudioClassification, ImageClassification
 from headway.training.pictures import ImageBatches, SignalBatches
 from headway.training.recordings import RecordingBatches
+from headway.training.references import log_likelihoods
 from headway.training.tasks import TASKS, ExampleBatches
 from headway.tuning import adapters
 
@@ -126,9 +127,7 @@ def _coder(loaded: loading.Loaded, how: How) -> Coder:
 def _encoded(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[Examples, ExampleBatches]:
     coder, losses = _coder(loaded, how), Losses()
     encoded = gather(encode_all(found, TASKS[task].encode[type(found[0])], coder, losses))
-    words = loaded.words
-    pad = words.pad_id if words.pad_id is not None else words.eos_id or 0
-    return encoded, ExampleBatches(encoded, TASKS[task], pad)
+    return encoded, ExampleBatches(encoded, TASKS[task], filler(loaded.words))
 
 
 def _outputs(loaded: loading.Loaded, task: str, found: Sequence[Example], how: How) -> tuple[dict[int, Any], Any]:
@@ -199,18 +198,12 @@ def _neighbours(loaded: loading.Loaded, found: Sequence[Pair], how: How) -> Pred
 def _preferences(loaded: loading.Loaded, found: Sequence[Preference], how: How) -> Predicted:
     """Whether the chosen completion is the likelier one; with adapters, whether they make it more so than the other."""
     encoded, batches = _encoded(loaded, "preference", found, how)
-    ahead, done = np.zeros(len(encoded)), 0
-    named = adapters.names(loaded.model)
-    with torch.inference_mode():
-        for batch in batches.in_order(how.rows, len(encoded)):
-            said = loaded.model.log_likelihoods(**batch.inputs)
-            if named:
-                with adapters.unused(loaded.model):
-                    said = said - loaded.model.log_likelihoods(**batch.inputs)
-            chosen, rejected = said.view(-1, 2).unbind(1)
-            ahead[list(batch.sample_ids)] = (chosen - rejected).cpu()
-            done += len(batch.sample_ids)
-            how.progress(done, len(encoded))
+    read = partial(log_likelihoods, loaded.model, batches, how.rows, lambda done: how.progress(done, len(encoded)))
+    said = read()
+    if adapters.names(loaded.model):
+        with adapters.unused(loaded.model):
+            said = said - read()
+    ahead = (said[:, 0] - said[:, 1]).numpy()
     return Predicted("preferences", ((ahead > 0).astype(int), np.ones(len(encoded), int)))
 
 

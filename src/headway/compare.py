@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from headway import files, loading, machine
+from headway.data.encode import beginning
 from headway.data.forms import Labelled, examples, split
 from headway.data.rows import find_tables, read_rows
 from headway.data.sources import ReadReport
@@ -175,8 +176,7 @@ def answered(
     for number, row in enumerate(task.held):
         # As rows are encoded for training (data/encode.py): the beginning is cut, never the question.
         ids = words.encode(prompt(row))
-        begin = [words.bos_id] if words.bos_id is not None and words.bos_id in words.prefix_ids else []
-        found.append(likelihoods(model, [*begin, *ids][-room:], names))
+        found.append(likelihoods(model, [*beginning(words), *ids][-room:], names))
         progress(number + 1)
     return torch.stack(found)
 

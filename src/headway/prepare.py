@@ -28,7 +28,7 @@ from headway.config import ModelConfig, with_fields
 from headway.data import Corpus, PackedBatches, Prepared, ReadReport, open_corpus, prepare
 from headway.data.batches import Windows
 from headway.data.corpus import fingerprint
-from headway.data.encode import Coder, Losses
+from headway.data.encode import Coder, Losses, filler
 from headway.data.examples import Examples, Sides, encode_all, gather, prepare_examples
 from headway.data.forms import Example, Labelled, Text, examples, split
 from headway.data.images import is_images
@@ -314,7 +314,7 @@ def _rows(where: Where, form: type) -> Material:
     longest = d.context or min([CONTEXT, *(config.max_len for config in readers)])
     typed = any(config.embeddings.token_types > 1 for config in readers) or has_types(run.preset)
     coder = Coder(tokenizer, longest, d.target or longest, classes.names, typed)
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
+    pad = filler(tokenizer)
     refer = _reference(where, objective, task, pad)
     found = [_encoded(where, one, task, form, coder, name, refer) for one in sources]
     train, valid = (Examples.joined(side) for side in zip(*((one.train, one.valid) for one in found), strict=True))

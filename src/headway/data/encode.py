@@ -128,12 +128,21 @@ def _end(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
 
+def beginning(words: Tokenizer) -> list[int]:
+    """What a decoder's prompt begins with: the token that begins a text, where the template has one."""
+    return [] if words.bos_id is None or words.bos_id not in words.prefix_ids else [words.bos_id]
+
+
+def filler(words: Tokenizer) -> int:
+    """The id that fills rows up to one length."""
+    return words.pad_id if words.pad_id is not None else words.eos_id or 0
+
+
 def completion(pair: Pair, coder: Coder) -> Iterator[Encoded]:
     """A prompt and its completion for a decoder."""
     words = coder.tokenizer
-    begin = [] if words.bos_id is None or words.bos_id not in words.prefix_ids else [words.bos_id]
     answer = [*coder.ids(pair.target), *_end(words)]
-    yield read_by_decoder([*begin, *coder.ids(pair.source)], answer, coder, pair.where)
+    yield read_by_decoder([*beginning(words), *coder.ids(pair.source)], answer, coder, pair.where)
 
 
 def dialogue(chat: Chat, coder: Coder) -> Iterator[Encoded]:

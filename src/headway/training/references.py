@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from headway.data.examples import Column, Examples
 from headway.nn import Transformer
@@ -25,11 +26,19 @@ def referenced(
     """
     found = torch.zeros(len(examples), 2)
     if model is not None:
-        done, device = 0, next(iter([*model.parameters(), *model.buffers()])).device
-        with resting(model, device), exact():
-            for batch in ExampleBatches(examples, task, pad).in_order(ROWS, len(examples)):
-                said = model.log_likelihoods(**to_device(batch.inputs, device))
-                found[list(batch.sample_ids)] = said.float().cpu().view(-1, 2)
-                done += len(batch.sample_ids)
-                progress(done)
+        with exact():
+            found = log_likelihoods(model, ExampleBatches(examples, task, pad), ROWS, progress)
     return Examples.of({**examples.columns, REFERENCE: Column.of(found.tolist())})
+
+
+def log_likelihoods(model: Transformer, batches: ExampleBatches, rows: int, progress: Callable[[int], None]) -> Tensor:
+    """log p of both completions of every example, (N, 2) on the CPU; so many pairs at a time."""
+    count, done = len(batches.examples), 0
+    found, device = torch.zeros(count, 2), next(iter([*model.parameters(), *model.buffers()])).device
+    with resting(model, device):
+        for batch in batches.in_order(rows, count):
+            said = model.log_likelihoods(**to_device(batch.inputs, device))
+            found[list(batch.sample_ids)] = said.float().cpu().view(-1, 2)
+            done += len(batch.sample_ids)
+            progress(done)
+    return found
