@@ -143,10 +143,19 @@ def keep_memory() -> None:
 
     Pages that are given back are cleared when they come again: 3 % of a training step. Only glibc can be told so.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if libc := _glibc():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+def return_memory() -> None:
+    """Have the C library give back what was freed: after a load, which passes more through memory than it leaves."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def peak_bytes() -> int:

@@ -23,10 +23,13 @@ from headway.families._table import Op, chosen, gather
 from headway.families._translate import Rule, plan, read_config, write_config
 from headway.files import Chunk
 from headway.kernels.ggml import BLOCKS, FLOATS, dequantize, quantize
+from headway.machine import return_memory
 from headway.nn.packed import Packed
 
 FORMATS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 """What can be written, with the number that `general.file_type` has for it (llama.h, llama_ftype)."""
+MANY = 1 << 24
+"""Weights read, after which what their bytes took in passing is given back."""
 
 
 # Fields that stand in the tokenizer's metadata, or that change nothing there.
@@ -55,9 +58,14 @@ class GgufModel:
             check(wanted, names, Tensors(where, shapes), where)
             # The largest first: the room that its bytes leave behind is enough for what the others need in passing.
             rules = sorted(wanted.rules, key=lambda rule: -math.prod(rule.shape))
-            self.weights = {
-                name: weight for rule in rules for weight in [_weight(rule, file, dtype)] for name in rule.names
-            }
+            self.weights: dict[str, Tensor | Packed] = {}
+            passed = 0
+            for rule in rules:
+                self.weights |= dict.fromkeys(rule.names, _weight(rule, file, dtype))
+                passed += math.prod(rule.shape)
+                if passed >= MANY:
+                    return_memory()
+                    passed = 0
 
 
 def _family(file: Gguf, raw: Mapping[str, Any], where: str) -> Family:

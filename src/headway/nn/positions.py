@@ -111,12 +111,15 @@ class Rope(nn.Module):
 
     def table(self, like: Tensor) -> Tensor:
         """(max_len, R/2) complex cos + i sin in the precision of `like` (at least float32)."""
-        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
-        key = (dtype, like.device)
+        key = (_complex(like), like.device)
         if key not in self._tables:
             frequencies, factor = rope_frequencies(self.config, self.d_head, self.max_len, self.max_len)
-            angles = torch.arange(self.max_len, dtype=torch.float64)[:, None] * frequencies
-            self._tables[key] = (torch.polar(torch.ones_like(angles), angles) * factor).to(like.device, dtype)
+            positions = torch.arange(self.max_len, dtype=torch.float64)[:, None]
+            table = torch.empty(self.max_len, len(frequencies), dtype=key[0])
+            # In pieces: in float64 a long context's table takes several times what is kept of it.
+            for piece in (slice(start, start + PIECE) for start in range(0, self.max_len, PIECE)):
+                table[piece] = _turned(positions[piece] * frequencies, factor, like)
+            self._tables[key] = table.to(like.device)
         return self._tables[key]
 
     def angles(self, positions: Tensor, like: Tensor, length: Tensor | None = None) -> Tensor:
@@ -130,9 +133,19 @@ class Rope(nn.Module):
         distinct, index = torch.unique(length, return_inverse=True)
         rows = [rope_frequencies(self.config, self.d_head, int(n), self.max_len) for n in distinct.tolist()]
         frequencies = torch.stack([row[0] for row in rows]).to(positions.device)[index]
-        turned = positions.double()[..., None] * frequencies
-        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
-        return (torch.polar(torch.ones_like(turned), turned) * rows[0][1]).to(dtype)[:, :, None]
+        return _turned(positions.double()[..., None] * frequencies, rows[0][1], like)[:, :, None]
+
+
+PIECE = 256  # positions of a table computed at once
+
+
+def _complex(like: Tensor) -> torch.dtype:
+    return torch.complex128 if like.dtype == torch.float64 else torch.complex64
+
+
+def _turned(angles: Tensor, factor: float, like: Tensor) -> Tensor:
+    """factor (cos + i sin) of float64 angles, in the precision of `like` (at least float32)."""
+    return (torch.polar(torch.ones_like(angles), angles) * factor).to(_complex(like))
 
 
 # --- biases on the scores ----------------------------------------------------------------------------------------
