@@ -157,8 +157,8 @@ def test_activations(level: str, name: str) -> None:
     x[0, 3], buffers = torch.nan, steps.Buffers()
     codes, out = buffers.codes(60, 32, 32, 2), torch.empty(60, 32)
     norm = steps.Norm(source=x.data_ptr(), columns=32, source_stride=32, codes=codes)
-    numbers = (32, 0, steps.ACTIVATIONS.index(name), 0)
-    linear = steps.Linear(steps.described(matrix, None), codes, out.data_ptr(), *numbers)
+    weight, activation = steps.described(matrix, None), steps.ACTIVATIONS.index(name)
+    linear = steps.Linear(weight, codes, out.data_ptr(), stride=32, activation=activation)
     with forced(level):
         steps.Program([norm, linear]).run(60)
     known = x.double() if name == "none" else ACTIVATIONS[name](x.double())

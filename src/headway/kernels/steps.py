@@ -42,8 +42,8 @@ class Norm(ctypes.Structure):
 class Linear(ctypes.Structure):
     """Multiply rows in codes by a matrix."""
 
-    _fields_ = [("weight", Matrix), ("source", Coded), ("out", pointer)]
-    _fields_ += [(name, i64) for name in ("stride", "adds", "activation", "gated")]
+    _fields_ = [("weight", Matrix), ("source", Coded), ("out", pointer), ("beside", pointer)]
+    _fields_ += [(name, i64) for name in ("stride", "beside_stride", "adds", "activation", "gated")]
 
 
 class Columns(ctypes.Structure):
@@ -120,7 +120,7 @@ def linear(x: Tensor, matrix: CodedMatrix, bias: Tensor | None = None, planes: i
     out, codes = torch.empty(T, R), buffers.codes(T, C, matrix.chunk, planes)
     norm = Norm(source=x_TC.data_ptr(), columns=C, source_stride=C, codes=codes)
     weight = described(matrix, None if bias is None else buffers.padded(bias))
-    Program([norm, Linear(weight, codes, out.data_ptr(), R, 0, 0, 0)]).run(T)
+    Program([norm, Linear(weight, codes, out.data_ptr(), stride=R)]).run(T)
     return out.view(*x.shape[:-1], R)
 
 

@@ -12,15 +12,15 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from headway.kernels import steps
-from headway.kernels.codes import ROWS
+from headway.kernels.codes import ROWS, CodedMatrix
 from headway.kernels.native import usable
-from headway.kernels.steps import LAYER, PLAIN, RMS, Buffers, Coded, Linear, Norm, Program
+from headway.kernels.steps import LAYER, PLAIN, RMS, Buffers, Coded, Linear, Matrix, Norm, Program
 from headway.nn import packed
 from headway.nn.attention import Attention, is_steered
 from headway.nn.block import Block, Residual
@@ -89,6 +89,7 @@ class Fused:
         self._angles: dict[bool, Tensor] = {}
         self._scratch = self._buffers.floats(torch.get_num_threads(), steps.QUERIES * self._room)
         self._codes: dict[tuple[int, int, str], Coded] = {}
+        self._rooms: dict[int, Tensor] = {}
         self._bias = None if stack.bias is None else stack.bias.by_distance(room)
         for layer, block in enumerate(stack.blocks):
             assert isinstance(block, Block)
@@ -244,14 +245,26 @@ class Fused:
     ) -> dict[int, Coded]:
         """The stream normalised and in codes, once for each chunk that the leaf's matrices ask for."""
         source = self.x if source is None else source
+        chunks = [part.chunk for _, part in leaf_of(leaf).packed.parts]
+        chunks += [matrix.chunk for matrix in thin_of(leaf)[:1]]
         out = {}
-        for chunk in dict.fromkeys(part.chunk for _, part in leaf_of(leaf).packed.parts):
-            key = (source.shape[1], chunk, purpose)
-            if key not in self._codes:
-                self._codes[key] = self._buffers.codes(self.rows, source.shape[1], chunk, packed.planes())
-            out[chunk] = self._codes[key]
+        for chunk in dict.fromkeys(chunks):
+            out[chunk] = self._coded(source.shape[1], chunk, purpose, packed.planes())
             self._norm(norm, source, codes=out[chunk], scale=leaf_of(leaf).packed.input_scale)
         return out
+
+    def _coded(self, columns: int, chunk: int, purpose: str, planes: int) -> Coded:
+        """Room for rows in codes, the same for all layers that ask alike."""
+        key = (columns, chunk, purpose)
+        if key not in self._codes:
+            self._codes[key] = self._buffers.codes(self.rows, columns, chunk, planes)
+        return self._codes[key]
+
+    def _room_of(self, columns: int) -> Tensor:
+        """Room for rows of floats between two steps."""
+        if columns not in self._rooms:
+            self._rooms[columns] = self._buffers.floats(self.rows, columns)
+        return self._rooms[columns]
 
     def _norm(
         self,
@@ -285,26 +298,65 @@ class Fused:
         activation: int = 0,
         gated: bool = False,
     ) -> None:
-        """out = or += W x + b, one step for each group of rows."""
-        leaf = leaf_of(leaf)
-        parts = [part for _, part in leaf.packed.parts]
+        """out = or += W x + b and what stands beside, one step for each group of rows."""
+        layer, added = leaf_of(leaf), self._added(leaf, inputs)
+        parts = [part for _, part in layer.packed.parts]
         if gated and len(parts) > 1:
             raise UnfitError
         begin = 0
         for part in parts:
-            bias = None if leaf.bias is None else self._buffers.padded(leaf.bias[begin : begin + part.shape[0]].float())
-            for tensor in (part.codes, part.scales, part.minima):
-                self._buffers.keep(tensor)
-            place = out.data_ptr() + 4 * begin
-            weight = steps.described(part, bias)
-            self._steps.append(Linear(weight, inputs[part.chunk], place, out.shape[1], adds, activation, gated))
-            begin += part.shape[0]
+            rows = slice(begin, begin + part.shape[0])
+            bias = None if layer.bias is None else self._buffers.padded(layer.bias[rows].float())
+            step = Linear(self._matrix(part, bias), inputs[part.chunk], out.data_ptr() + 4 * begin)
+            step.stride, step.adds, step.activation, step.gated = out.shape[1], adds, activation, gated
+            if added is not None:
+                step.beside, step.beside_stride = added.data_ptr() + 4 * begin, added.shape[1]
+            self._steps.append(step)
+            begin = rows.stop
+
+    def _added(self, leaf: nn.Module, inputs: dict[int, Coded]) -> Tensor | None:
+        """B A x of what stands beside a layer, (rows, R and room to the end of a block)."""
+        thin = thin_of(leaf)
+        if not thin:
+            return None
+        down, up = thin
+        inner, out = self._room_of(down.shape[0]), self._room_of(up.shape[0] + ROWS)
+        codes = self._coded(inner.shape[1], up.chunk, "inner", 2)  # in 15 bits: adapters share a chunk
+        self._steps.append(Linear(self._matrix(down), inputs[down.chunk], inner.data_ptr(), stride=inner.shape[1]))
+        self._norm(nn.Identity(), inner, codes=codes)
+        self._steps.append(Linear(self._matrix(up), codes, out.data_ptr(), stride=out.shape[1]))
+        return out
+
+    def _matrix(self, part: CodedMatrix, bias: int | None = None) -> Matrix:
+        """A matrix for a step, kept as long as this is."""
+        for tensor in (part.codes, part.scales, part.minima):
+            self._buffers.keep(tensor)
+        return steps.described(part, bias)
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """A layer that something stands beside (tuning/beside.py)."""
+
+    base: nn.Module
+
+    def thin(self) -> tuple[CodedMatrix, ...]:
+        """A (r, C) and B (R, r) of W x + b + B A x, for inputs as they are in codes; none where nothing is in use.
+
+        Raises UnfitError where it is another sum.
+        """
+
+
+def thin_of(module: nn.Module) -> tuple[CodedMatrix, ...]:
+    """What stands beside a layer. Raises UnfitError where it has no kernel."""
+    return module.thin() if isinstance(module, Beside) else ()
 
 
 def leaf_of(module: nn.Module) -> PackedLinear:
-    """A linear layer in codes."""
-    if isinstance(module, PackedLinear):
-        return module
+    """A linear layer in codes, without what stands beside it."""
+    layer = module.base if isinstance(module, Beside) else module
+    if isinstance(layer, PackedLinear):
+        return layer
     raise UnfitError
 
 
@@ -413,6 +465,13 @@ def columns_of(cache: Cache, B: int, T: int, encoded: Encoded | None) -> tuple[d
 
 Steps = TypeVar("Steps", bound=Fused)
 FEW = 64  # tokens of a pass whose buffers are small enough to stay beside those of another
+_changes = 0
+
+
+def adapters_changed() -> None:
+    """From now on other adapters count: steps that were made before hold those of then."""
+    global _changes
+    _changes += 1
 
 
 def kept(cache: Cache, what: type[Steps], B: int, T: int, make: Callable[[], Steps]) -> Steps:
@@ -437,4 +496,4 @@ def _made_for(cache: Cache, what: type, B: int, T: int) -> tuple[object, ...]:
     # A program holds the positions it reads, so that no others can come to lie at their address.
     tensors = [tensor for slots in cache.groups.values() for tensor in (slots.keys.numbers, slots.positions)]
     tensors += [pair[0] for pair in cache.cross if pair is not None]
-    return what, B, T, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)
+    return what, B, T, _changes, packed.planes(), torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)

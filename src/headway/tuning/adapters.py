@@ -19,6 +19,7 @@ from headway.config import ModelConfig
 from headway.errors import ConfigError
 from headway.nn import Transformer
 from headway.nn.attention import Attention
+from headway.nn.fused import adapters_changed
 from headway.nn.packed import PackedEmbedding, PackedLinear
 from headway.training.parts import fused_rows
 from headway.tuning.beside import Adapted, Addition, OnLayer, Rows, Site, plain, shape_of, weight_of
@@ -201,6 +202,7 @@ def use(model: nn.Module, strengths: Mapping[str, float]) -> None:
             raise ConfigError("adapter", found, "it alone there, at 1.0")
     for site in sites:
         site.strengths = dict(strengths)
+    adapters_changed()
 
 
 @contextmanager
@@ -213,6 +215,7 @@ def unused(model: nn.Module) -> Iterator[None]:
     finally:
         for path, site in adapted(model).items():
             site.strengths = before[path]
+        adapters_changed()
 
 
 def merge(model: Transformer) -> int:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from headway.errors import BugError
+from headway.kernels.codes import CodedMatrix, from_blocks
+from headway.kernels.ggml import BLOCKS, quantize
+from headway.nn.fused import UnfitError
 from headway.nn.packed import PackedLinear
 from headway.nn.precision import wide
+
+THIN = "Q8_0"
+"""The format of adapters where the layer beside them computes in codes."""
 
 
 class Rows(NamedTuple):
@@ -64,6 +73,10 @@ class OnLayer(Addition):
         """What is put out instead of `out` = W x + b, x as it came in."""
         return out
 
+    def thin(self, strength: float) -> tuple[Tensor, Tensor] | None:
+        """A (r, C) and B (R, r) where the layer puts out W x + b + B A x, None for another sum."""
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         """(R, C) and (R,) of the layer that does the same alone, where `merges` says that there is one."""
         raise BugError("adapter", type(self).__name__, "one that a weight can hold")
@@ -75,6 +88,7 @@ class Adapted(Site):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
+        self._thin: tuple[object, tuple[CodedMatrix, ...]] = (None, ())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., R)."""
@@ -91,6 +105,18 @@ class Adapted(Site):
             out = one.after(out, x, self.base, strength)
         return out
 
+    def thin(self) -> tuple[CodedMatrix, ...]:
+        """A (r, C) and B (R, r) of all that is in use, in 8 bits, for the native path (nn/fused.py); none where nothing
+        is. Rows and columns of zeros fill up r. Raises UnfitError where W x + b + B A x is not what is put out."""
+        active = self.active(OnLayer)
+        made_of = [(much, p.data_ptr(), p._version) for one, much in active for p in one.parameters()]
+        if self._thin[0] != made_of:
+            pairs = [pair for one, much in active if (pair := one.thin(much)) is not None]
+            if len(pairs) < len(active):
+                raise UnfitError
+            self._thin = made_of, _coded(pairs, self.base)
+        return self._thin[1]
+
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight (R, C) and bias (R,) with what is in use, in float32 at least."""
         bias = self.base.bias
@@ -99,6 +125,20 @@ class Adapted(Site):
         for one, strength in self.active(OnLayer):
             found = one.merged(*found, strength)
         return found[0].detach(), None if found[1] is None else found[1].detach()
+
+
+def _coded(pairs: Sequence[tuple[Tensor, Tensor]], base: nn.Module) -> tuple[CodedMatrix, ...]:
+    if not pairs or not isinstance(base, PackedLinear):
+        return ()
+    A, B = torch.cat([A for A, _ in pairs]).float(), torch.cat([B for _, B in pairs], 1).float()
+    if base.packed.input_scale is not None:
+        A = A / base.packed.input_scale
+    size = BLOCKS[THIN].size
+    if A.shape[1] % size:
+        raise UnfitError
+    more = -len(A) % size
+    both = (F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more)))
+    return tuple(from_blocks(THIN, quantize(THIN, one)) for one in both)
 
 
 def plain(layer: nn.Module) -> nn.Module:

@@ -91,6 +91,19 @@ class LowRank(OnLayer):
             pieces.append(inner.new_zeros(*inner.shape[:-1], self.rows - at))
         return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
 
+    @torch.no_grad()
+    def thin(self, strength: float) -> tuple[Tensor, Tensor] | None:
+        """A of all parts, one below the other, and strength * s B at each part's rows and columns."""
+        if self.magnitude:
+            return None
+        A, at = torch.cat([wide(self.A[name]) for name in self.parts]), 0
+        B = A.new_zeros(self.rows, len(A))
+        for name, part in self.parts.items():
+            columns = slice(at, at + len(self.A[name]))
+            B[part.start : part.start + part.size, columns] = strength * self.scales[name] * wide(self.B[name])
+            at = columns.stop
+        return A, B
+
     def matrix(self) -> Tensor:
         """s B A as a matrix, (R, C), in float32 at least."""
         (first, *_) = self.A.values()

@@ -171,8 +171,9 @@ TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
                     for (int half = 0; half < (l.gated ? 2 : 1); ++half) {
                         y[half] = sums[half][r * planes].parts[p];
                         if (planes == 2) y[half] += sums[half][2 * r + 1].parts[p];
-                        const i64 block = item + half * (width / ROWS);
-                        if (l.weight.bias) y[half] += load<Floats>(l.weight.bias + block * ROWS + p * LANES);
+                        const i64 column = (item + half * (width / ROWS)) * ROWS + p * LANES;
+                        if (l.weight.bias) y[half] += load<Floats>(l.weight.bias + column);
+                        if (l.beside) y[half] += load<Floats>(l.beside + (t + r) * l.beside_stride + column);
                     }
                     y[0] = activate(y[0], l.activation);
                     store(to + p * LANES, l.gated ? y[0] * y[1] : y[0]);

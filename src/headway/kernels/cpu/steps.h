@@ -40,13 +40,15 @@ struct Norm {
     Coded codes;
 };
 
-// out (T, R) = or += activation(codes x W^T + bias). Gated: the first half of W's rows, whole blocks of 16, is the gate,
-// the second the product, and out (T, R / 2) = activation(gate) * product.
+// out (T, R) = or += activation(codes x W^T + bias + beside). Gated: the first half of W's rows, whole blocks of 16, is the
+// gate, the second the product, and out (T, R / 2) = activation(gate) * product. Rows of `beside`, if there are any, can be
+// read to the end of a block.
 struct Linear {
     Matrix weight;
     Coded in;
     float *out;
-    i64 out_stride, adds, activation, gated;
+    const float *beside;
+    i64 out_stride, beside_stride, adds, activation, gated;
 };
 
 // Keys and values of one layer and where they stand: (B, K, S, H) with strides in elements, positions (B, S) with -1 for a
