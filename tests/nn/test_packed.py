@@ -134,6 +134,25 @@ def test_no_second_copy_is_kept(kinds: tuple[str, ...]) -> None:
         assert held(both) == size + 4 * len(weights)
 
 
+def test_a_large_matrix_is_never_whole_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a product for gradients: pieces that cut through its parts, whose sums differ by their order alone."""
+    packed, weights = matrix("Q8_0", "Q5_K")
+    bias = nn.Parameter(torch.randn(len(weights)))
+    layer, found = PackedLinear(packed, bias), []
+    for most in (weights.numel(), 5 * COLUMNS):
+        monkeypatch.setattr("headway.nn.packed.UNPACKED", most)
+        x = torch.randn(4, COLUMNS, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        bias.grad = None
+        out = layer(x)
+        out.square().sum().backward()
+        found.append((out.detach(), x.grad, bias.grad))
+        sizes = [len(weight) for _, weight in packed.pieces()]
+        assert sum(sizes) == len(weights) and (max(sizes) == 5 if most < weights.numel() else len(sizes) == 1)
+    for one, other in zip(*found, strict=True):
+        assert one is not None and other is not None
+        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
+
+
 def test_moves_leave_the_blocks_alone() -> None:
     """Casting a model casts its norms and biases; the bytes are no numbers."""
     packed, weights = matrix("Q8_0", "Q5_K")

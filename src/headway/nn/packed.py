@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -82,6 +83,23 @@ class Packed(NamedTuple):
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if self.input_scale is None else whole * self.input_scale
 
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows at a time in float32, all of a small matrix: which, and (some, columns)."""
+        if math.prod(self.shape) <= UNPACKED:
+            yield slice(None), self.unpack()
+            return
+        begin, step = 0, max(UNPACKED // self.shape[1], 1)
+        for _, part in self.parts:
+            for start in range(0, part.shape[0], step):
+                rows = torch.arange(start, min(start + step, part.shape[0]), device=part.codes.device)
+                piece, place = steps.rows(part, rows), slice(begin + start, begin + start + len(rows))
+                yield place, piece if self.input_scale is None else piece * self.input_scale
+            begin += part.shape[0]
+
+
+UNPACKED = 1 << 21
+"""Weights that stand in floats at once where a product is made of pieces: their sums are in another order."""
+
 
 class _PackedModule(nn.Module):
     """Holds codes, scales and minima as buffers, so that they move with the model; no cast touches them."""
@@ -145,16 +163,21 @@ class PackedLinear(_PackedModule):
 
 
 class _Through(torch.autograd.Function):
-    """x W^T + b for a gradient to x, that unpacks W twice: kept in between, all weights would stand in floats."""
+    """x W^T + b for a gradient to x, that unpacks W twice, in pieces: no more of it ever stands in floats."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear, bias: Tensor | None) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.packed.unpack().to(x.dtype), bias)
+        out = x.new_empty(*x.shape[:-1], layer.shape[0])
+        for rows, weight in layer.packed.pieces():
+            out[..., rows] = F.linear(x, weight.to(x.dtype), None if bias is None else bias[rows])
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        dx = dy @ ctx.layer.packed.unpack().to(dy.dtype)
+        dx = dy.new_zeros(*dy.shape[:-1], ctx.layer.shape[1])
+        for rows, weight in ctx.layer.packed.pieces():
+            dx += dy[..., rows] @ weight.to(dy.dtype)
         db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db
 
