@@ -1,13 +1,14 @@
 """Headway in codes beside its peers on this machine: rounds in which each takes its turn, medians, ratios.
 
-    python benchmarks/peers.py decode far large prefill batch pair embed vision [--rounds 5] [--threads 2]
+    python benchmarks/peers.py decode contended far large prefill batch pair embed vision [--rounds 5] [--threads 2]
 
 decode, far, prefill, batch: SmolLM2-135M in Q8_0, Q4_0 and Q4_1 against llama.cpp's own loop (package xllamacpp), which
 reads the same files and tells its own times, and with `--against llama.cpp,transformers,ctranslate2,openvino` others;
-far decodes after 1,800 tokens. large: Llama 3.2 1B's shape with SmolLM2's vocabulary, random weights in
-Q4_0, larger than any cache: every instruction set against llama.cpp and transformers. pair: an encoder-decoder of
-flan-t5-small's shape, random weights in INT8, against transformers in float32 and CTranslate2 in INT8 where that is
-installed. embed: all-MiniLM in INT8 against transformers in float32, sorted and batched as sentence-transformers does.
+contended decodes beside a process that keeps one core busy; far decodes after 1,800 tokens. large: Llama 3.2 1B's shape
+with SmolLM2's vocabulary, random weights in Q4_0, larger than any cache: every instruction set against llama.cpp and
+transformers. pair: an encoder-decoder of flan-t5-small's shape, random weights in INT8, against transformers in float32
+and CTranslate2 in INT8 where that is installed. embed: all-MiniLM in INT8 against transformers in float32, sorted and
+batched as sentence-transformers does.
 vision: a ViT-S/16 with random weights.
 The last line is JSON.
 """
@@ -15,10 +16,12 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -82,6 +85,32 @@ def beside(
 
 def decode(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {kind: beside(args, "decode", path, 1, 16) for kind, path in gguf_files(folder).items()}
+
+
+@contextlib.contextmanager
+def neighbour() -> Iterator[None]:
+    """A process that keeps one core busy meanwhile."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def contended(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Decoding beside a busy process; the ratio to `alone` is what it leaves of the speed."""
+    out = {}
+    for kind, path in gguf_files(folder).items():
+        given = peers.Given(headway.load(path), folder, args.threads)
+        work = peers.Work([given.loaded.words.encode(wikitext("test")[:9000])[:16]], WRITTEN)
+        ours, theirs = peers.Headway(given), peers.LlamaCpp(given)
+        alone = partial(peers.rate, "decode", ours, work)
+        calls = {"headway": neighbour()(alone), "alone": alone}
+        calls["llama.cpp"] = neighbour()(partial(peers.rate, "decode", theirs, work))
+        calls["llama.cpp, alone"] = partial(peers.rate, "decode", theirs, work)
+        out[kind] = in_turn(calls, args.rounds)
+    return out
 
 
 def prefill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -221,6 +250,7 @@ def vision(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 PARTS = {
     "decode": decode,
+    "contended": contended,
     "large": large,
     "prefill": prefill,
     "far": far,

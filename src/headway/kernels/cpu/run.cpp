@@ -3,7 +3,9 @@
 #include "steps.h"
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <sched.h>
+#include <thread>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -100,9 +102,20 @@ class Meeting {
     static const int PATIENCE = 1000;  // some 20 microseconds
 };
 
+// Whether so many threads find a core each, by what the system says of the tasks that want one now; no, if it is silent.
+static bool room_for(int threads) {
+    int wanting = 0, found = 0;
+    if (FILE *load = fopen("/proc/loadavg", "r")) {
+        found = fscanf(load, "%*f %*f %*f %d/", &wanting);
+        fclose(load);
+    }
+    return found == 1 && wanting - 1 + threads <= int(std::thread::hardware_concurrency());
+}
+
 // How many threads a run takes. Where another process has taken a core, threads wait for the one that lost its core,
-// for milliseconds at a time, and one thread alone is faster: then the next runs have one, and after them two are tried
-// again, at longer and longer intervals. Only runs of few rows are judged: with many, steps are longer than such waits.
+// for milliseconds at a time, and one thread alone is faster: then the next runs have one, until the system tells of a
+// free core; where it does not, all threads are tried again after so many runs, at longer and longer intervals. Only
+// runs of few rows are judged: with many, steps are longer than such waits.
 class Crowding {
     static const i64 FEW = 16, LEAST = 8, MOST = 256;
     std::atomic<i64> alone{0}, penalty{0};
@@ -110,8 +123,10 @@ class Crowding {
   public:
     int threads(int asked, i64 T) {
         if (asked == 1 || T > FEW || alone.load(std::memory_order_relaxed) <= 0) return asked;
-        alone.fetch_sub(1, std::memory_order_relaxed);
-        return 1;
+        const i64 left = alone.fetch_sub(1, std::memory_order_relaxed) - 1;
+        if (left % LEAST || !room_for(asked)) return 1;
+        alone.store(0, std::memory_order_relaxed);
+        return asked;
     }
 
     // lost: of `took`, by all threads but the one that was waited for.
