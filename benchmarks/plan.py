@@ -1,4 +1,5 @@
-"""How far `headway plan` is from what is then measured: peak memory and seconds a step, for every kind of model.
+"""How far `headway plan` is from what is then measured: peak memory and seconds a step, for every kind of model, and
+for SmolLM2 in its file's codes with adapters.
 
     python benchmarks/plan.py [--steps 30] [--threads N]
 
@@ -16,8 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "real"))
+
 import numpy as np
 from common import options, report, wikitext
+from real_data import smollm2
 
 CHILD = """
 import json, resource, sys
@@ -49,12 +53,13 @@ def files(place: Path) -> dict[str, list[str]]:
         ):
             head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             (images / f"{side}-{name}").write_bytes(head + array.tobytes())
-    some = ["model.depth=4", "train.batch_size=32", "train.eval_every=100000"]
+    some = ["model.depth=4", "train.batch_size=32"]
     return {
         "decoder": [f"data.path={place}/text.txt", "data.context=256", "tokenizer.vocab_size=4096", *some],
         "encoder": [f"data.path={place}/text.txt", "data.context=256", "objective=masked-lm", *some],
         "encoder-decoder": [f"data.path={place}/pairs.jsonl", "tokenizer.vocab_size=4096", *some],
         "vision": [f"data.path={place}/images", *some],
+        "adapters": [f"data.path={place}/pairs.jsonl", f"base={smollm2()}", "tuning.type=lora", "train.accumulation=4"],
     }
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind, keys in files(Path(folder)).items():
-            keys = [*keys, f"train.steps={args.steps}", "--threads", str(args.threads)]
+            keys = [*keys, "train.eval_every=100000", f"train.steps={args.steps}", "--threads", str(args.threads)]
             plan, _ = called(["plan", *keys, "--json"])
             run = f"{folder}/run-{kind}"
             _, peak = called(["train", *keys, "--output", run, "--json"])

@@ -34,7 +34,7 @@ from headway.strict import dump_json, strict_json
 from headway.text import Tokenizer
 from headway.training.events import Event, Listener, ResumeEvent
 from headway.training.first_look import look
-from headway.training.forecast import Forecast, forecast
+from headway.training.forecast import Forecast, Probe, forecast
 from headway.training.loggers import TENSORBOARD, WANDB, WANDB_RUN, check_loggers
 from headway.training.loop import Hooks, Result, Resume, Trainer
 from headway.training.proof import Proof, prove
@@ -259,10 +259,7 @@ def _train(run: RunConfig, folder: Path, how: Launch, say: OnEvent, world: World
         check_teaching(made.teacher.model.config, config)
     assert run.data.context is not None and run.train.steps is not None
     torch.manual_seed(run.train.seed)
-    frugal = run.frugal
-    model = (_model(config, made) if frugal is None else _adapted(config, made, frugal)).to(device)
-    if isinstance(run.objective, Preference):
-        model.preferences = Preferences(**run.objective.model_dump(include=set(Preferences._fields)))
+    model = _model(config, made, run).to(device)
     world.check_same(lambda: {"weights": tensor_hash(model.state_dict())})
     plan = Plan(run, config, sum(parameters(config).values()), made, run.train.threads or 1, reason, world)
     say(plan)
@@ -307,6 +304,7 @@ def _settle(made: Material, limits: machine.Probe | None, world: World) -> tuple
                 device=device,
                 trial=made.trial,
                 teacher=made.teacher,
+                make=partial(_model, made=made, run=made.run),
             )
 
         config, run = resolve(made.run, made.facts, limits, clock)
@@ -324,14 +322,26 @@ def foretell(plan: Plan) -> Forecast:
     """What a planned run will take; runs a few steps on its own data."""
     run, made = plan.run, plan.material
     assert run.data.context is not None
-    clock = partial(time_step, device=training_device(run.train.device), trial=made.trial, teacher=made.teacher)
+    context, device, make = run.data.context, training_device(run.train.device), partial(_model, made=made, run=run)
     rows = math.ceil(made.facts.rows_of_batch(run.train) / run.train.accumulation) * run.train.accumulation
     train = run.train.model_copy(update={"batch_size": rows})
     importlib.import_module("torch._dynamo")  # as torch's first optimizer does: some 100 MB that are not here yet
-    return forecast(plan.model, train, run.data.context, made.trial, clock, made.facts.tokens, resident_bytes())
+    machine.return_memory()
+    before, counts = resident_bytes(), machine.forget_peak() and device == "cpu"
+    step = time_step(plan.model, train, context, device, trial=made.trial, teacher=made.teacher, make=make)
+    probe = Probe(step, before, machine.peak_bytes() if counts else 0)
+    return forecast(plan.model, train, context, made.trial, probe, made.facts.tokens, make)
 
 
-def _model(config: ModelConfig, made: Material) -> Transformer:
+def _model(config: ModelConfig, made: Material, run: RunConfig) -> Transformer:
+    """The model as it begins."""
+    model = _fresh(config, made) if run.frugal is None else _adapted(config, made, run.frugal)
+    if isinstance(run.objective, Preference):
+        model.preferences = Preferences(**run.objective.model_dump(include=set(Preferences._fields)))
+    return model
+
+
+def _fresh(config: ModelConfig, made: Material) -> Transformer:
     """A fresh model, with the weights of the base it is trained from in all parts but a head of another type."""
     model = Transformer(config)
     if made.base is not None:

@@ -11,8 +11,10 @@ from headway.config import ModelConfig
 from headway.nn import Transformer
 from headway.run_config import Train
 from headway.training import forecast as module
-from headway.training.forecast import Meter, forecast, kept_for_backward
+from headway.training.forecast import Meter, Probe, forecast, kept_for_backward
 from headway.training.recipe import random_windows
+from headway.tuning.tuned import tuned
+from headway.tuning_config import LowRankTuning
 
 SIZES: dict[str, Any] = {"d_model": 64, "n_layers": 3, "n_heads": 2, "vocab_size": 300, "max_len": 32}
 
@@ -66,7 +68,7 @@ def test_the_largest_pass_is_the_last_that_fits() -> None:
 
 def told(monkeypatch: pytest.MonkeyPatch, free: int, **more: Any) -> module.Forecast:
     monkeypatch.setattr(module, "available_memory", lambda device: free)
-    return forecast(ModelConfig(**SIZES), fields(**more), 32, random_windows, lambda *_: 0.5, 10_000, 10**6)
+    return forecast(ModelConfig(**SIZES), fields(**more), 32, random_windows, Probe(0.5, 10**6), 10_000)
 
 
 def test_a_run_that_does_not_fit_is_told_how_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +79,28 @@ def test_a_run_that_does_not_fit_is_told_how_it_would(monkeypatch: pytest.Monkey
     assert 0 < tight.largest < 64 and "train.accumulation=" in tight.advice[0]
     passes = int(tight.advice[0].split("train.accumulation=")[1].split()[0])
     assert -(-64 // passes) <= tight.largest
+
+
+def test_what_steps_took_beyond_the_estimate_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = told(monkeypatch, 10**9)
+    probe = Probe(0.5, 10**6, plain.peak + 10**8)
+    more = forecast(ModelConfig(**SIZES), fields(), 32, random_windows, probe, 10_000)
+    assert more.peak == probe.peak and more.memory["kept by the allocator"] == 10**8
+    assert more.largest < plain.largest and plain.memory["kept by the allocator"] == 0
+
+
+def test_of_a_frozen_base_only_what_is_tuned_is_counted() -> None:
+    def frozen(config: ModelConfig) -> Transformer:
+        base = Transformer(config)
+        return tuned(base, config, LowRankTuning(rank=2), "")
+
+    config = ModelConfig(**SIZES)
+    parts = Meter(config, fields(), random_windows, 32, 0, frozen).parts(8)
+    learns = [p for p in frozen(config).parameters() if p.requires_grad]
+    assert parts["weights"] == parts["gradients"] == 4 * sum(p.numel() for p in learns)
+    whole = Meter(config, fields(), random_windows, 32, 0).parts(8)
+    assert parts["weights"] < 0.2 * whole["weights"]
+    assert whole["loss"] - parts["loss"] == 4 * config.vocab_size * config.d_model - parts["weights"]
 
 
 def test_advice_is_about_length(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 Memory of a step on the CPU rises to the larger of two peaks: activations and the loss's own at the end of the forward
 pass, gradients and the optimizer's scratch at its end; what one leaves free the other uses. What blocks keep for their
 backward pass is not estimated but counted, by running passes of few rows under autograd's own hooks. Time is that of
-a few real steps.
+a few real steps, and what these took beyond the estimate is what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from headway.run_config import Train
 from headway.training.evaluate import DTYPES, precision
 from headway.training.guards import estimate_memory
 from headway.training.loop import configure
-from headway.training.recipe import TOKENS_PER_PARAMETER, Clock, Trial
+from headway.training.recipe import TOKENS_PER_PARAMETER, Maker, Trial
 
 _SCRATCH = {"muon": 0.5, "adafactor": 0.5}
 """Copies of the weights that an update takes for a moment, where not none: Muon's stacked matrices and products."""
@@ -46,6 +47,18 @@ class Forecast:
     tokens_per_second: float
     largest: int
     advice: list[str]
+
+
+class Probe(NamedTuple):
+    """What a few real steps took.
+
+    seconds: of a step, a teacher's part in it included. resident: bytes of the process before, a teacher's weights and
+    a frozen base's among them: they keep nothing for a backward pass. peak: bytes meanwhile, 0 if that is not known.
+    """
+
+    seconds: float
+    resident: int
+    peak: int = 0
 
 
 def kept_for_backward(model: Transformer, inputs: Mapping[str, Tensor], dtype: str = "float32") -> int:
@@ -81,12 +94,14 @@ def available_memory(device: torch.device) -> int:
 
 
 class Meter:
-    """The memory of a step of some rows: what one and two rows keep, and a straight line through them."""
+    """The memory of a step of some rows: what four and eight rows keep, and a straight line through them."""
 
-    def __init__(self, config: ModelConfig, train: Train, trial: Trial, context: int, resident: int) -> None:
+    def __init__(
+        self, config: ModelConfig, train: Train, trial: Trial, context: int, resident: int, make: Maker = Transformer
+    ) -> None:
         self._config, self._train, self._resident = config, train, resident
         with torch.random.fork_rng([]):
-            model = Transformer(config).train()
+            model = make(config).train()
             configure(model, train)
             few = [trial(config, rows, context) for rows in (4, 8)]
             kept = [kept_for_backward(model, inputs, train.dtype) for inputs in few]
@@ -135,30 +150,35 @@ def _positions(config: ModelConfig, inputs: Mapping[str, Tensor]) -> int:
 
 
 def forecast(
-    config: ModelConfig, train: Train, context: int, trial: Trial, clock: Clock, tokens: int, resident: int
+    config: ModelConfig,
+    train: Train,
+    context: int,
+    trial: Trial,
+    probe: Probe,
+    tokens: int,
+    make: Maker = Transformer,
 ) -> Forecast:
     """Foretell a resolved run.
 
     Args:
         config, train, context: of the run, nothing open. trial: batches as the run will see them.
-        clock: seconds of a step, a teacher's part in it included. tokens: positions of one pass over the data.
-        resident: bytes of the process as it is, a teacher's weights among them: it keeps nothing for a backward pass.
+        probe: of a few steps. tokens: positions of one pass over the data. make: the model as it will be trained.
     """
     assert train.steps is not None and train.batch_size is not None
     device = torch.device("cpu" if train.device == "auto" and not torch.cuda.is_available() else train.device)
     rows = train.batch_size // train.accumulation
-    meter = Meter(config, train, trial, context, resident)
+    meter = Meter(config, train, trial, context, probe.resident, make)
     parts, peak, available = meter.parts(rows), meter.peak(rows), available_memory(device)
-    largest = meter.largest(int(_HEADROOM * (available + resident)))
-    seconds = clock(config, train, context)
+    parts["kept by the allocator"] = held = max(probe.peak - peak, 0)
+    largest = meter.largest(int(_HEADROOM * (available + probe.resident)) - held)
     positions = _positions(config, trial(config, rows, context)) * train.accumulation
     return Forecast(
         parts,
-        peak,
+        peak + held,
         available,
-        seconds,
-        seconds * train.steps,
-        positions / seconds,
+        probe.seconds,
+        probe.seconds * train.steps,
+        positions / probe.seconds,
         largest,
         _advice(config, train, tokens, positions, rows, largest),
     )

@@ -131,7 +131,7 @@ def estimate_memory(
 
     Activations: what a block keeps for its backward pass, about 10 D + 4 F numbers per position (arXiv:2205.05198,
     equation 1, without the scores that fused attention does not keep); where they are recomputed, those of one block
-    and D of each other. A vocabulary's loss holds two pieces of logits and the gradient of its table.
+    and D of each other. A vocabulary's loss holds two pieces of logits and the gradient of its table if it learns.
     """
     rows = -(-(train.batch_size or 1) // train.accumulation)
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -143,5 +143,5 @@ def estimate_memory(
     parts["activations"] = rows * length * kept * 4
     if isinstance(config.head, CausalLM | MaskedLM):
         logits = min(rows * length * config.vocab_size * 4, LOGIT_BYTES)
-        parts["loss"] = 2 * logits + 4 * config.vocab_size * config.d_model
+        parts["loss"] = 2 * logits + min(4 * config.vocab_size * config.d_model, weights)
     return parts

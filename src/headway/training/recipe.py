@@ -72,6 +72,7 @@ TOKENS_PER_PARAMETER = 2.0
 
 Clock = Callable[[ModelConfig, Train, int], float]
 Trial = Callable[[ModelConfig, int, int], Mapping[str, Tensor]]
+Maker = Callable[[ModelConfig], Transformer]
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,17 @@ def time_step(
     *,
     trial: Trial = random_windows,
     teacher: Teacher | None = None,
+    make: Maker = Transformer,
 ) -> float:
-    """Seconds per update of a fresh model on a batch of `trial`'s: the median of a few steps, after one to warm up.
-    A `teacher` on the device reads each batch too.
+    """Seconds per update of the model that `make` gives on a batch of `trial`'s: the median of a few steps, after one
+    to warm up. A `teacher` on the device reads each batch too.
 
     The generator's state is put back, so the run that follows is the one its seed names.
     """
     place = torch.device(device)
     finish = torch.cuda.synchronize if place.type == "cuda" else bool
     with torch.random.fork_rng([] if place.type == "cpu" else [place]):
-        model = Transformer(config).to(place)
+        model = make(config).to(place)
         configure(model, train, teacher)
         optimizer = make_optimizer(model, config, train)
         inputs = trial(config, (train.batch_size or 1) // train.accumulation, context)
