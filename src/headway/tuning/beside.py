@@ -117,6 +117,12 @@ class Adapted(Site):
             self._thin = made_of, _coded(pairs, self.base)
         return self._thin[1]
 
+    def train(self, mode: bool = True) -> Adapted:
+        """As any module's. What learns is put in codes anew: torch's fused AdamW leaves versions as they were."""
+        if mode:
+            self._thin = None, ()
+        return super().train(mode)
+
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """Weight (R, C) and bias (R,) with what is in use, in float32 at least."""
         bias = self.base.bias
