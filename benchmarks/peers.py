@@ -8,8 +8,7 @@ contended decodes beside a process that keeps one core busy; far decodes after 1
 with SmolLM2's vocabulary, random weights in Q4_0, larger than any cache: every instruction set against llama.cpp and
 transformers. pair: an encoder-decoder of flan-t5-small's shape, random weights in INT8, against transformers in float32
 and CTranslate2 in INT8 where that is installed. embed: all-MiniLM in INT8 against transformers in float32, sorted and
-batched as sentence-transformers does.
-vision: a ViT-S/16 with random weights.
+batched as sentence-transformers does. vision: a ViT-S/16 with random weights.
 The last line is JSON.
 """
 
@@ -63,6 +62,10 @@ def gguf_files(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def prompt_of(loaded: headway.Loaded, length: int) -> list[int]:
+    return loaded.words.encode(wikitext("test")[:9000])[:length]
+
+
 def seconds(loaded: headway.Loaded, prompts: list[list[int]], count: int, beams: int = 1) -> float:
     how = {"beams": beams} if beams > 1 else {"temperature": 0.0}
     options = GenerationOptions(max_tokens=count, min_tokens=count, batch_size=len(prompts), **how)
@@ -76,8 +79,7 @@ def beside(
     with tempfile.TemporaryDirectory() as place:
         given = peers.Given(headway.load(path), Path(place), args.threads)
         others, absent = peers.opened(args.against, what, given)
-        prompt = given.loaded.words.encode(wikitext("test")[:9000])[:length]
-        work = peers.Work([prompt] * rows, new)
+        work = peers.Work([prompt_of(given.loaded, length)] * rows, new)
         everyone = {"headway": peers.Headway(given), **others}
         calls = {name: partial(peers.rate, what, peer, work) for name, peer in everyone.items()}
         return {**in_turn(calls, args.rounds), **({"absent": absent} if absent else {})}
@@ -103,13 +105,10 @@ def contended(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     out = {}
     for kind, path in gguf_files(folder).items():
         given = peers.Given(headway.load(path), folder, args.threads)
-        work = peers.Work([given.loaded.words.encode(wikitext("test")[:9000])[:16]], WRITTEN)
-        ours, theirs = peers.Headway(given), peers.LlamaCpp(given)
-        alone = partial(peers.rate, "decode", ours, work)
-        calls = {"headway": neighbour()(alone), "alone": alone}
-        calls["llama.cpp"] = neighbour()(partial(peers.rate, "decode", theirs, work))
-        calls["llama.cpp, alone"] = partial(peers.rate, "decode", theirs, work)
-        out[kind] = in_turn(calls, args.rounds)
+        work = peers.Work([prompt_of(given.loaded, 16)], WRITTEN)
+        ours, theirs = (partial(peers.rate, "decode", peer(given), work) for peer in (peers.Headway, peers.LlamaCpp))
+        calls = {"headway": neighbour()(ours), "alone": ours}
+        out[kind] = in_turn(calls | {"llama.cpp": neighbour()(theirs), "llama.cpp, alone": theirs}, args.rounds)
     return out
 
 
@@ -148,7 +147,7 @@ def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     saving.save(headway.load(folder / "large"), path, "gguf", dtype="q4_0")
     loaded = headway.load(path)
     peer = peers.LlamaCpp(peers.Given(loaded, folder, args.threads))
-    prompt = loaded.words.encode(wikitext("test")[:200])[:16]
+    prompt = prompt_of(loaded, 16)
     given = torch.tensor([prompt])
 
     def ours(level: str) -> float:
