@@ -24,8 +24,11 @@ FN uint16_t float_to_half(float value) {
 // One head's H numbers normalised in place.
 TARGET static void norm_head(float *x, i64 H, i64 normalization, const float *weight, const float *bias, float eps) {
     const Statistics of = statistics_of(x, H, normalization, eps);
-    for (i64 i = 0; i < H; ++i) x[i] = (x[i] - of.mean) * of.factor * weight[i];
-    for (i64 i = 0; bias && i < H; ++i) x[i] += bias[i];
+    for (i64 i = 0; i < H; i += LANES) {
+        Floats v = (load_some(x + i, H - i) - of.mean) * of.factor * load_some(weight + i, H - i);
+        if (bias) v += load_some(bias + i, H - i);
+        store_some(x + i, v, H - i);
+    }
 }
 
 TARGET static void turn_head(float *x, const float *angles, i64 pairs, i64 interleaved) {
@@ -68,14 +71,15 @@ template <int KEPT> FN float number_at(const void *from, i64 at) {
     return KEPT == HALVES ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
-// What some rows of one sequence see of one head: S columns from `keys` and `values` on; `whole` if each sees all.
+// What some rows of one sequence see of one head: S columns from `keys` and `values` on; `whole` if each sees all,
+// `in_order` if each column stands at its position.
 struct View {
     const char *keys, *values;
     const float *key_scales, *value_scales;
     const i64 *positions;
     i64 S, stride;
-    bool whole;
-    i64 room;  // S up to whole vectors
+    bool whole, in_order;
+    i64 first, room;  // the first column; S up to whole vectors
 };
 
 // scores[r][s] = q[r] k[s] for COUNT rows, which share the keys as they are loaded. What a row gets depends neither on the
@@ -147,6 +151,20 @@ FN bool sees(const Attend &a, i64 position, i64 column) {
     return column >= 0 && (!a.causal || back >= 0) && (!a.window || (back < a.window && -back < a.window));
 }
 
+// The columns from the first to the last that any of `count` rows, from positions `least` to `most`, sees of `used` ones.
+struct Range {
+    i64 low, high;
+    bool whole;
+};
+
+// Where each column stands at its position.
+FN Range range_in_order(const Attend &a, i64 least, i64 most, i64 used) {
+    const i64 before = least - a.window + 1, after = a.causal ? most + 1 : a.window ? most + a.window : used;
+    const i64 low = a.window && before > 0 ? before : 0, high = after < used ? after : used;
+    const bool whole = !(a.causal && least < high - 1) && !(a.window && (most - low >= a.window || high - 1 - least >= a.window));
+    return {low < high ? low : high, high, whole};
+}
+
 // The scores of a row at `position` become weights that sum to one, times the scales of values in codes; a row that sees
 // nothing has weights of zero.
 TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a, const float *bias) {
@@ -158,8 +176,15 @@ TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a,
         const i64 away = v.positions[i] - position;
         s[i] += bias[away < -a.reach ? -a.reach : away > a.reach ? a.reach : away];
     }
-    for (i64 i = 0; !v.whole && i < v.S; ++i) s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
-    for (i64 i = v.S; i < v.room; ++i) s[i] = none;
+    i64 low = 0, high = v.S;
+    if (v.in_order) {
+        const Range seen = range_in_order(a, position, position, v.first + v.S);
+        low = seen.low > v.first ? seen.low - v.first : 0;
+        high = seen.high - v.first;
+    }
+    for (i64 i = 0; i < low; ++i) s[i] = none;
+    for (i64 i = 0; !v.in_order && !v.whole && i < v.S; ++i) s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
+    for (i64 i = high; i < v.room; ++i) s[i] = none;
     Floats tops = splat(none), totals = {};
     for (i64 i = 0; i < v.room; i += LANES) {
         const Floats x = load<Floats>(s + i);
@@ -177,20 +202,6 @@ TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a,
     const float inverse = total == 0 ? 0.0f : 1.0f / total;
     for (i64 i = 0; i < v.S; ++i) s[i] *= inverse;
     for (i64 i = 0; v.value_scales && i < v.S; ++i) s[i] *= v.value_scales[i];
-}
-
-// The columns from the first to the last that any of `count` rows, from positions `least` to `most`, sees of `used` ones.
-struct Range {
-    i64 low, high;
-    bool whole;
-};
-
-// Where each column stands at its position.
-FN Range range_in_order(const Attend &a, i64 least, i64 most, i64 used) {
-    const i64 before = least - a.window + 1, after = a.causal ? most + 1 : a.window ? most + a.window : used;
-    const i64 low = a.window && before > 0 ? before : 0, high = after < used ? after : used;
-    const bool whole = !(a.causal && least < high - 1) && !(a.window && (most - low >= a.window || high - 1 - least >= a.window));
-    return {low < high ? low : high, high, whole};
 }
 
 TARGET static Range range_by_search(const Attend &a, const i64 *rows, int count, const i64 *positions, i64 used) {
@@ -221,7 +232,7 @@ TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
     const float *k_scales = c.kept == CODES ? c.key_scales + vector : nullptr;
     const float *v_scales = c.kept == CODES ? c.value_scales + vector : nullptr;
     const i64 S = of.high - of.low, room = (S + LANES - 1) / LANES * LANES;
-    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, of.whole, room};
+    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, of.whole, c.state[1] != 0, of.low, room};
 }
 
 FN i64 shared_heads(const Attend &a) { return (a.N / a.K + HEADS - 1) / HEADS; }  // items of a key-value head

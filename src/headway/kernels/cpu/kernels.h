@@ -6,13 +6,8 @@ struct Block {  // one number for each of them
     Floats parts[PARTS];
 };
 
-FN Block numbers(const void *from, i64 at, i64 half) {
-    Block out;
-    for (int p = 0; p < PARTS; ++p) {
-        const i64 place = at + p * LANES;
-        out.parts[p] = half ? numbers_at<HALVES>(from, place) : numbers_at<FLOATS>(from, place);
-    }
-    return out;
+FN Floats numbers(const void *from, i64 at, i64 half) {
+    return half ? numbers_at<HALVES>(from, at) : numbers_at<FLOATS>(from, at);
 }
 
 // A tile is what the registers have room for: sums of AT_ONCE rows with BESIDE vectors of a block, each of which then
@@ -22,7 +17,8 @@ static const i64 AHEAD = 2048;  // bytes of codes: by itself a core asks for too
 static const i64 PANEL = 16;  // rows whose codes stay in the first cache while all of W passes
 
 // out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
-template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
+template <int BITS, int CHUNK, bool MINIMA, int COUNT>
+TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
     const int QUADS = CHUNK / (BITS == 4 ? 8 : 4), BESIDE = PARTS == 4 && COUNT > 1 ? 2 : PARTS;
     const i64 chunks = (w.columns + CHUNK - 1) / CHUNK, per_group = w.group / CHUNK, width = chunks * CHUNK;
     const i64 groups = (chunks + per_group - 1) / per_group;
@@ -30,15 +26,13 @@ template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 
     const int8_t *a = in.codes + row * width;
     const float *a_scales = in.scales + row * chunks;
     const int32_t *a_sums = in.sums + row * chunks;
-    Block totals[COUNT] = {}, scale{}, minimum{};
-    for (i64 c = 0, left = 0; c < chunks; ++c, --left, a += CHUNK, codes += QUADS * 64) {
-        if (left == 0) {
-            const i64 at = (block * groups + c / per_group) * ROWS;
-            scale = numbers(w.scales, at, w.half);
-            if (w.minima) minimum = numbers(w.minima, at, w.half);
-            left = per_group;
-        }
-        for (int q = 0; q < QUADS; ++q) __builtin_prefetch(codes + AHEAD + q * 64);
+    const Ints zero = splat((int32_t)w.zero - Sum<BITS>::SHIFT);
+    Floats totals[COUNT][PARTS];
+    for (int r = 0; r < COUNT; ++r)
+        for (int p = 0; p < PARTS; ++p) totals[r][p] = Floats{};
+    i64 group = block * groups * ROWS, left = per_group;
+    for (i64 c = 0; c < chunks; ++c, a += CHUNK, codes += QUADS * 64) {
+        for (int q = 0; COUNT == 1 && q < QUADS; ++q) __builtin_prefetch(codes + AHEAD + q * 64);
         for (int p = 0; p < PARTS; p += BESIDE) {
             Sum<BITS> dots[COUNT][BESIDE];
             for (int r = 0; r < COUNT; ++r)
@@ -57,33 +51,47 @@ template <int BITS, int CHUNK, int COUNT> TARGET void tile(const Matrix &w, i64 
                     for (int b = 0; BITS == 4 && b < BESIDE; ++b) dots[r][b].add(high[b], from + CHUNK / 2);
                 }
             }
+            Floats scale[BESIDE], minimum[BESIDE];
+            for (int b = 0; b < BESIDE; ++b) scale[b] = numbers(w.scales, group + (p + b) * LANES, w.half);
+            for (int b = 0; MINIMA && b < BESIDE; ++b) minimum[b] = numbers(w.minima, group + (p + b) * LANES, w.half);
             for (int r = 0; r < COUNT; ++r) {
-                const float a_scale = a_scales[r * chunks + c];
-                const int32_t a_sum = a_sums[r * chunks + c], off = ((int32_t)w.zero - Sum<BITS>::SHIFT) * a_sum;
+                const Floats step = splat_from(a_scales + r * chunks + c);
+                const Ints sum = splat_from(a_sums + r * chunks + c), off = zero * sum;
+                const Floats whole = step * to_floats(sum);
                 for (int b = 0; b < BESIDE; ++b) {
-                    Floats &total = totals[r].parts[p + b];
-                    total = plus_product(total, to_floats(dots[r][b].total() - off), apart(scale.parts[p + b] * a_scale));
-                    if (w.minima) total = plus_product(total, minimum.parts[p + b], splat(a_scale * (float)a_sum));
+                    Floats &total = totals[r][p + b];
+                    total = plus_product(total, to_floats(dots[r][b].total() - off), apart(scale[b] * step));
+                    if (MINIMA) total = plus_product(total, minimum[b], whole);
                 }
             }
         }
+        if (--left == 0) group += ROWS, left = per_group;
     }
-    for (int r = 0; r < COUNT; ++r) out[r] = totals[r];
+    for (int r = 0; r < COUNT; ++r)
+        for (int p = 0; p < PARTS; ++p) out[r].parts[p] = totals[r][p];
 }
 
-template <int BITS, int CHUNK> TARGET void tiles(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
-    for (; LEVEL >= 3 && count >= 8; count -= 8, row += 8, out += 8) tile<BITS, CHUNK, LEVEL >= 3 ? 8 : 4>(w, block, in, row, out);
-    for (; count >= 4; count -= 4, row += 4, out += 4) tile<BITS, CHUNK, 4>(w, block, in, row, out);
-    for (; count >= 2; count -= 2, row += 2, out += 2) tile<BITS, CHUNK, 2>(w, block, in, row, out);
-    if (count) tile<BITS, CHUNK, 1>(w, block, in, row, out);
+template <int BITS, int CHUNK, bool MINIMA>
+TARGET void tiles(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
+    for (; count >= AT_ONCE; count -= AT_ONCE, row += AT_ONCE, out += AT_ONCE)
+        tile<BITS, CHUNK, MINIMA, AT_ONCE>(w, block, in, row, out);
+    for (; AT_ONCE > 4 && count >= 4; count -= 4, row += 4, out += 4) tile<BITS, CHUNK, MINIMA, 4>(w, block, in, row, out);
+    for (; count >= 2; count -= 2, row += 2, out += 2) tile<BITS, CHUNK, MINIMA, 2>(w, block, in, row, out);
+    if (count) tile<BITS, CHUNK, MINIMA, 1>(w, block, in, row, out);
+}
+
+template <int BITS, int CHUNK>
+TARGET void products(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
+    if (w.minima) return tiles<BITS, CHUNK, true>(w, block, in, row, count, out);
+    tiles<BITS, CHUNK, false>(w, block, in, row, count, out);
 }
 
 TARGET static void multiply(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
-    if (w.bits == 4) return tiles<4, 32>(w, block, in, row, count, out);
-    if (w.bits == 7 && w.chunk == 16) return tiles<7, 16>(w, block, in, row, count, out);
-    if (w.bits == 7) return tiles<7, 32>(w, block, in, row, count, out);
-    if (w.chunk == 16) return tiles<8, 16>(w, block, in, row, count, out);
-    tiles<8, 32>(w, block, in, row, count, out);
+    if (w.bits == 4) return products<4, 32>(w, block, in, row, count, out);
+    if (w.bits == 7 && w.chunk == 16) return products<7, 16>(w, block, in, row, count, out);
+    if (w.bits == 7) return products<7, 32>(w, block, in, row, count, out);
+    if (w.chunk == 16) return products<8, 16>(w, block, in, row, count, out);
+    products<8, 32>(w, block, in, row, count, out);
 }
 
 // Chunk `c` of one row of W as floats.
@@ -91,8 +99,8 @@ TARGET static void unpack(const Matrix &w, i64 row, i64 c, float *out) {
     const i64 block = row / ROWS, lane = row % ROWS, chunks = (w.columns + w.chunk - 1) / w.chunk;
     const i64 groups = (w.columns + w.group - 1) / w.group, at = (block * groups + c * w.chunk / w.group) * ROWS;
     const i64 part = lane / LANES, kept = w.bits == 4 ? w.chunk / 2 : w.chunk;
-    const float scale = numbers(w.scales, at, w.half).parts[part][lane % LANES];
-    const float minimum = w.minima ? numbers(w.minima, at, w.half).parts[part][lane % LANES] : 0.0f;
+    const float scale = numbers(w.scales, at + part * LANES, w.half)[lane % LANES];
+    const float minimum = w.minima ? numbers(w.minima, at + part * LANES, w.half)[lane % LANES] : 0.0f;
     const uint8_t *codes = w.codes + ((block * chunks + c) * kept * ROWS + lane * 4);
     for (i64 i = 0; i < w.chunk; ++i) {
         const uint8_t both = codes[i % kept / 4 * 4 * ROWS + i % 4];
@@ -152,34 +160,40 @@ FN Floats activate(Floats x, i64 activation) {
 
 FN i64 width_of(const Linear &l) { return l.gated ? l.weight.rows / 2 : l.weight.rows; }
 
+// Of `count` rows from t on: the products with a block of W and all that is added to them, in the first of `sums`. What
+// a layer has or has not is asked once for all of them, not for each vector.
+TARGET static void sums_with(const Linear &l, i64 block, i64 t, int count, Block *sums) {
+    const i64 planes = l.in.planes;
+    multiply(l.weight, block, l.in, t * planes, count * (int)planes, sums);
+    for (int r = 0; planes == 2 && r < count; ++r)
+        for (int p = 0; p < PARTS; ++p) sums[r].parts[p] = sums[2 * r].parts[p] + sums[2 * r + 1].parts[p];
+    for (int r = 0; l.weight.bias && r < count; ++r)
+        for (int p = 0; p < PARTS; ++p) sums[r].parts[p] += load<Floats>(l.weight.bias + block * ROWS + p * LANES);
+    for (int r = 0; l.beside && r < count; ++r) {
+        const float *beside = l.beside + (t + r) * l.beside_stride + block * ROWS;
+        for (int p = 0; p < PARTS; ++p) sums[r].parts[p] += load<Floats>(beside + p * LANES);
+    }
+}
+
 // Items: 16 columns of the output for a panel of rows, one panel after the other.
 TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
-    const i64 width = width_of(l), planes = l.in.planes, across = (width + ROWS - 1) / ROWS;
+    const i64 width = width_of(l), across = (width + ROWS - 1) / ROWS;
     for (i64 at = begin; at < end; ++at) {
         const i64 item = at % across, first = at / across * PANEL, last = first + PANEL < T ? first + PANEL : T;
+        const i64 left = width - item * ROWS;
         for (i64 t = first; t < last; t += AT_ONCE) {
             const int count = (int)(last - t < AT_ONCE ? last - t : AT_ONCE);
-            Block sums[2][2 * AT_ONCE];
-            for (int half = 0; half < (l.gated ? 2 : 1); ++half)
-                multiply(l.weight, item + half * (width / ROWS), l.in, t * planes, count * (int)planes, sums[half]);
+            Block sums[2 * AT_ONCE], factors[2 * AT_ONCE];
+            sums_with(l, item, t, count, sums);
+            if (l.gated) sums_with(l, item + width / ROWS, t, count, factors);
+            for (int r = 0; l.activation != NONE && r < count; ++r)
+                for (int p = 0; p < PARTS; ++p) sums[r].parts[p] = activate(sums[r].parts[p], l.activation);
+            for (int r = 0; l.gated && r < count; ++r)
+                for (int p = 0; p < PARTS; ++p) sums[r].parts[p] *= factors[r].parts[p];
             for (int r = 0; r < count; ++r) {
-                float *out = l.out + (t + r) * l.out_stride + item * ROWS, whole[ROWS];
-                const i64 left = width - item * ROWS;
-                float *to = left < ROWS || l.adds ? whole : out;
-                for (int p = 0; p < PARTS; ++p) {
-                    Floats y[2];
-                    for (int half = 0; half < (l.gated ? 2 : 1); ++half) {
-                        y[half] = sums[half][r * planes].parts[p];
-                        if (planes == 2) y[half] += sums[half][2 * r + 1].parts[p];
-                        const i64 column = (item + half * (width / ROWS)) * ROWS + p * LANES;
-                        if (l.weight.bias) y[half] += load<Floats>(l.weight.bias + column);
-                        if (l.beside) y[half] += load<Floats>(l.beside + (t + r) * l.beside_stride + column);
-                    }
-                    y[0] = activate(y[0], l.activation);
-                    store(to + p * LANES, l.gated ? y[0] * y[1] : y[0]);
-                }
-                if (to == out) continue;
-                for (i64 i = 0; i < (left < ROWS ? left : ROWS); ++i) out[i] = l.adds ? out[i] + whole[i] : whole[i];
+                float *out = l.out + (t + r) * l.out_stride + item * ROWS;
+                for (int p = 0; l.adds && p < PARTS; ++p) sums[r].parts[p] += load_some(out + p * LANES, left - p * LANES);
+                for (int p = 0; p < PARTS; ++p) store_some(out + p * LANES, sums[r].parts[p], left - p * LANES);
             }
         }
     }
@@ -196,8 +210,7 @@ TARGET static float code_chunk(const float *x, i64 chunk, i64 planes, int8_t *co
         const Ints size = load<Ints>(x + i) & no_sign;
         largest = size > largest ? size : largest;
     }
-    int32_t bits = 0;
-    for (int lane = 0; lane < LANES; ++lane) bits = largest[lane] > bits ? largest[lane] : bits;
+    int32_t bits = largest_of(largest);
     if (bits >= 0x7F800000) bits = 0x7FC00000;  // infinity is no more than NaN here
     float top;
     __builtin_memcpy(&top, &bits, sizeof top);
@@ -206,10 +219,10 @@ TARGET static float code_chunk(const float *x, i64 chunk, i64 planes, int8_t *co
     Ints high_sum = {}, low_sum = {};
     for (i64 i = 0; i < chunk; i += LANES) {
         const Ints code = inverse > 0 ? nearest(load<Floats>(x + i) * fine) : Ints{}, high = planes == 2 ? (code + 64) >> 7 : code;
-        store(codes + i, __builtin_convertvector(high, Bytes));
+        store(codes + i, narrowed(high));
         high_sum += high;
         if (planes != 2) continue;
-        store(codes + plane + i, __builtin_convertvector(code - high * 128, Bytes));
+        store(codes + plane + i, narrowed(code - high * 128));
         low_sum += code - high * 128;
     }
     sums[0] = total_of(high_sum);
@@ -224,11 +237,14 @@ struct Statistics {
 
 TARGET static Statistics statistics_of(const float *x, i64 n, i64 normalization, float eps) {
     if (normalization == PLAIN) return {0.0f, 1.0f};
-    float mean = 0, square = 0;
-    for (i64 i = 0; normalization == LAYER && i < n; ++i) mean += x[i];
-    mean /= (float)n;
-    for (i64 i = 0; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
-    return {mean, 1.0f / __builtin_sqrtf(square / (float)n + eps)};
+    Floats sums = {}, squares = {};
+    for (i64 i = 0; normalization == LAYER && i < n; i += LANES) sums += load_some(x + i, n - i);
+    const float mean = sum_of(sums) / (float)n;
+    for (i64 i = 0; i < n; i += LANES) {
+        const Floats away = load_some(x + i, n - i) - mean;
+        squares = plus_product(squares, away, n - i < LANES ? load_some((const float *)&away, n - i) : away);
+    }
+    return {mean, 1.0f / __builtin_sqrtf(sum_of(squares) / (float)n + eps)};
 }
 
 // Items: rows.
@@ -241,15 +257,17 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
         const Statistics of = statistics_of(x, D, n.normalization, n.eps);
         for (i64 c = 0; c < chunks; ++c) {
             const i64 at = c * chunk, rest = D - at, count = rest < chunk ? rest : chunk;
-            float y[32] = {};
-            for (i64 i = 0; i < count; ++i) y[i] = (x[at + i] - of.mean) * of.factor;
-            for (i64 i = 0; n.weight && i < count; ++i) y[i] *= n.weight[at + i];
-            for (i64 i = 0; n.bias && i < count; ++i) y[i] += n.bias[at + i];
-            for (i64 i = 0; n.scale && i < count; ++i) y[i] *= n.scale[at + i];
-            if (out && n.adds)
-                for (i64 i = 0; i < count; ++i) out[at + i] += y[i];
-            else if (out)
-                for (i64 i = 0; i < count; ++i) out[at + i] = y[i];
+            float y[32];
+            for (i64 i = count; i < chunk; ++i) y[i] = 0;
+            for (i64 i = 0; i < count; i += LANES) {
+                const i64 from = at + i, left = count - i;
+                Floats v = (load_some(x + from, left) - of.mean) * of.factor;
+                if (n.weight) v *= load_some(n.weight + from, left);
+                if (n.bias) v += load_some(n.bias + from, left);
+                if (n.scale) v *= load_some(n.scale + from, left);
+                store_some(y + i, v, left);
+                if (out) store_some(out + from, n.adds ? load_some(out + from, left) + v : v, left);
+            }
             if (!n.codes.codes) continue;
             const i64 first = t * planes * chunks + c;
             float *scales = n.codes.scales + first;

@@ -27,8 +27,34 @@ template <class V> FN V load(const void *from) {
 
 template <class V> FN void store(void *to, V value) { __builtin_memcpy(to, &value, sizeof value); }
 
+// The first `count` of LANES numbers, and zeros where there are fewer.
+FN Floats load_some(const float *from, i64 count) {
+    if (count >= LANES) return load<Floats>(from);
+    Floats value = {};
+    if (count > 0) __builtin_memcpy(&value, from, count * sizeof(float));
+    return value;
+}
+
+FN void store_some(float *to, Floats value, i64 count) {
+    if (count >= LANES) store(to, value);
+    else if (count > 0) __builtin_memcpy(to, &value, count * sizeof(float));
+}
+
 FN Floats splat(float value) { return value - Floats{}; }
 FN Ints splat(int32_t value) { return value - Ints{}; }
+
+// The number that stands at a place, in every lane: one load, where `splat` takes a detour through a register.
+FN Floats splat_from(const float *at) {
+#if LEVEL >= 3
+    return (Floats)_mm512_set1_ps(*at);
+#elif LEVEL == 2
+    return (Floats)_mm256_broadcast_ss(at);
+#else
+    return splat(*at);
+#endif
+}
+
+FN Ints splat_from(const int32_t *at) { return (Ints)splat_from((const float *)at); }
 FN Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
 
 // The nearest integers, halves to even.
@@ -46,16 +72,46 @@ FN Ints nearest(Floats value) {
 #endif
 }
 
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
+// Integers of one byte; the compiler by itself would take them one by one.
+FN Bytes narrowed(Ints v) {
+#if LEVEL >= 3
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);
+#elif LEVEL == 2
+    const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    const __m128i bytes = _mm_packs_epi16(shorts, shorts);
+    return load<Bytes>(&bytes);
+#else
+    return __builtin_convertvector(v, Bytes);
+#endif
+}
+
+template <class Four, class V> FN Four folded(V v) {
+    Four parts[WIDTH / 16];
+    store(parts, v);
+    for (int i = 1; i < WIDTH / 16; ++i) parts[0] += parts[i];
+    return parts[0];
+}
+
 FN float sum_of(Floats v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
+    const FourFloats four = folded<FourFloats>(v);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 FN int32_t total_of(Ints v) {
-    int32_t total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
+    const FourInts four = folded<FourInts>(v);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+FN int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+FN int32_t largest_of(Ints v) {
+    FourInts parts[WIDTH / 16];
+    store(parts, v);
+    for (int i = 1; i < WIDTH / 16; ++i) parts[0] = parts[i] > parts[0] ? parts[i] : parts[0];
+    return larger(larger(parts[0][0], parts[0][2]), larger(parts[0][1], parts[0][3]));
 }
 
 #if LEVEL >= 2
@@ -103,7 +159,7 @@ FN Floats plus_product(Floats sum, Floats a, Floats b) {
 }
 
 FN Codes low_halves(Codes pairs) { return pairs & 15; }
-FN Codes high_halves(Codes pairs) { return (Codes)(((Words)pairs >> 4) & 0x0F0F); }
+FN Codes high_halves(Codes pairs) { return (Codes)((Words)pairs >> 4) & 15; }
 
 FN Floats load_halves(const uint16_t *from) {
 #if LEVEL >= 3
