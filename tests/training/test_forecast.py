@@ -87,6 +87,8 @@ def test_what_steps_took_beyond_the_estimate_is_the_allocators(monkeypatch: pyte
     more = forecast(ModelConfig(**SIZES), fields(), 32, random_windows, probe, 10_000)
     assert more.peak == probe.peak and more.memory["kept by the allocator"] == 10**8
     assert more.largest < plain.largest and plain.memory["kept by the allocator"] == 0
+    less = forecast(ModelConfig(**SIZES), fields(), 32, random_windows, probe._replace(peak=plain.peak - 1000), 10_000)
+    assert less.peak == plain.peak - 1000 and less.largest == plain.largest  # what was seen, and no bolder for it
 
 
 def test_of_a_frozen_base_only_what_is_tuned_is_counted() -> None:

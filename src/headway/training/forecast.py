@@ -2,8 +2,8 @@
 
 Memory of a step on the CPU rises to the larger of two peaks: activations and the loss's own at the end of the forward
 pass, gradients and the optimizer's scratch at its end; what one leaves free the other uses. What blocks keep for their
-backward pass is not estimated but counted, by running passes of few rows under autograd's own hooks. Time is that of
-a few real steps, and what these took beyond the estimate is what the allocator keeps.
+backward pass is not estimated but counted, by running passes of few rows under autograd's own hooks. Time and peak are
+those of a few real steps where they can be taken; what these took beyond the estimate is what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -168,13 +168,14 @@ def forecast(
     device = torch.device("cpu" if train.device == "auto" and not torch.cuda.is_available() else train.device)
     rows = train.batch_size // train.accumulation
     meter = Meter(config, train, trial, context, probe.resident, make)
-    parts, peak, available = meter.parts(rows), meter.peak(rows), available_memory(device)
-    parts["kept by the allocator"] = held = max(probe.peak - peak, 0)
+    parts, estimate, available = meter.parts(rows), meter.peak(rows), available_memory(device)
+    peak = probe.peak or estimate
+    parts["kept by the allocator"] = held = max(peak - estimate, 0)
     largest = meter.largest(int(_HEADROOM * (available + probe.resident)) - held)
     positions = _positions(config, trial(config, rows, context)) * train.accumulation
     return Forecast(
         parts,
-        peak + held,
+        peak,
         available,
         probe.seconds,
         probe.seconds * train.steps,

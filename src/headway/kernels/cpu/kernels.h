@@ -26,17 +26,20 @@ TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *ou
     const int8_t *a = in.codes + row * width;
     const float *a_scales = in.scales + row * chunks;
     const int32_t *a_sums = in.sums + row * chunks;
-    const Ints zero = splat((int32_t)w.zero - Sum<BITS>::SHIFT);
+    const Ints less = Sum<BITS>::less(w.zero);
     Floats totals[COUNT][PARTS];
+#pragma GCC unroll 8
     for (int r = 0; r < COUNT; ++r)
         for (int p = 0; p < PARTS; ++p) totals[r][p] = Floats{};
     i64 group = block * groups * ROWS, left = per_group;
     for (i64 c = 0; c < chunks; ++c, a += CHUNK, codes += QUADS * 64) {
-        for (int q = 0; COUNT == 1 && q < QUADS; ++q) __builtin_prefetch(codes + AHEAD + q * 64);
+        for (int q = 0; q < QUADS; ++q) __builtin_prefetch(codes + AHEAD + q * 64);
         for (int p = 0; p < PARTS; p += BESIDE) {
             Sum<BITS> dots[COUNT][BESIDE];
-            for (int r = 0; r < COUNT; ++r)
-                for (int b = 0; b < BESIDE; ++b) dots[r][b].begin();
+            for (int r = 0; r < COUNT; ++r) {
+                const Ints sum = MINIMA && !Sum<BITS>::SHIFT ? Ints{} : splat_from(a_sums + r * chunks + c);
+                for (int b = 0; b < BESIDE; ++b) dots[r][b].begin(less, sum);
+            }
 #pragma GCC unroll 8
             for (int q = 0; q < QUADS; ++q) {
                 Codes low[BESIDE], high[BESIDE];
@@ -54,19 +57,20 @@ TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *ou
             Floats scale[BESIDE], minimum[BESIDE];
             for (int b = 0; b < BESIDE; ++b) scale[b] = numbers(w.scales, group + (p + b) * LANES, w.half);
             for (int b = 0; MINIMA && b < BESIDE; ++b) minimum[b] = numbers(w.minima, group + (p + b) * LANES, w.half);
+#pragma GCC unroll 8
             for (int r = 0; r < COUNT; ++r) {
                 const Floats step = splat_from(a_scales + r * chunks + c);
-                const Ints sum = splat_from(a_sums + r * chunks + c), off = zero * sum;
-                const Floats whole = step * to_floats(sum);
+                const Floats whole = step * to_floats(splat_from(a_sums + r * chunks + c));
                 for (int b = 0; b < BESIDE; ++b) {
                     Floats &total = totals[r][p + b];
-                    total = plus_product(total, to_floats(dots[r][b].total() - off), apart(scale[b] * step));
+                    total = plus_product(total, to_floats(dots[r][b].total()), apart(scale[b] * step));
                     if (MINIMA) total = plus_product(total, minimum[b], whole);
                 }
             }
         }
         if (--left == 0) group += ROWS, left = per_group;
     }
+#pragma GCC unroll 8
     for (int r = 0; r < COUNT; ++r)
         for (int p = 0; p < PARTS; ++p) out[r].parts[p] = totals[r][p];
 }

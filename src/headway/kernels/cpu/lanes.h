@@ -195,20 +195,20 @@ template <int KEPT> FN Floats numbers_at(const void *from, i64 at) {
     return KEPT == HALVES ? load_halves((const uint16_t *)from + at) : load<Floats>((const float *)from + at);
 }
 
-// The running sum of LANES rows over quadruples of codes times activations. BITS says how large codes may be: 4 (below
-// 16), 7 (below 128) or 8. SHIFT is what `total` has taken off each code.
+// The running sum of LANES rows over quadruples of codes, less W's zero, times activations. BITS says how large codes may
+// be: 4 (below 16), 7 (below 128) or 8. SHIFT is what `add` takes off each code.
 //
 // Without VNNI, AVX2 and AVX-512 multiply bytes into sums of 16 bits, which hold 16 products of 15 * 127, two of 127 * 127,
 // and none more of 255 * 127: 4-bit codes of one chunk are summed in 16 bits, others in 32; 8-bit codes are made signed,
-// and their sign goes over to the activation. The portable kernel widens both first.
+// and their sign goes over to the activation. The portable kernel widens both first. The zero times the sum of the
+// activations is taken off before all else, of 16 bits from the lower sum: neither then exceeds 2 * 16 * 8 * 127.
 template <int BITS> struct Sum {
-#if LEVEL == 2 || LEVEL == 3
-    static const int SHIFT = BITS == 8 ? 128 : 0;
-#else
-    static const int SHIFT = 0;
-#endif
+    static const int SHIFT = BITS == 8 && (LEVEL == 2 || LEVEL == 3) ? 128 : 0;
+    static const bool SHORT = BITS == 4 && (LEVEL == 2 || LEVEL == 3);
     Ints ints;
-    TARGET void begin() { ints = Ints{}; }
+
+    TARGET static Ints less(i64 zero) { return splat((int32_t)(SHORT ? -zero & 0xFFFF : SHIFT - zero)); }
+    TARGET void begin(Ints less, Ints sum) { ints = SHORT ? (Ints)((Shorts)less * (Shorts)sum) : less * sum; }
 
     TARGET void add(Codes codes, const int8_t *four) {
         int32_t packed;
@@ -246,7 +246,7 @@ template <int BITS> struct Sum {
     }
 
     TARGET void add_pairs(Shorts pairs) {
-        ints = BITS == 4 ? (Ints)((Shorts)ints + pairs) : ints + widened(pairs);
+        ints = SHORT ? (Ints)((Shorts)ints + pairs) : ints + widened(pairs);
 #if LEVEL >= 2
         // Else the compiler puts all additions of a chunk behind its products, for which there are no registers.
         asm("" : "+v"(ints));
@@ -263,5 +263,5 @@ template <int BITS> struct Sum {
 #endif
     }
 
-    TARGET Ints total() const { return BITS == 4 && (LEVEL == 2 || LEVEL == 3) ? widened((Shorts)ints) : ints; }
+    TARGET Ints total() const { return SHORT ? widened((Shorts)ints) : ints; }
 };

@@ -9,7 +9,8 @@ typedef int64_t i64;
 
 // R x C weights: value = scale * (code - zero) or scale * code + minimum. Sixteen rows lie side by side: codes are
 // [R / 16][C / chunk][chunk / 4][16][4] bytes, or for 4 bits [..][chunk / 8][16][4] with the chunk's first half in the low
-// half of each byte; scales and minima are [R / 16][C / group][16]. Rows and columns that are missing are zeros.
+// half of each byte; scales and minima are [R / 16][C / group][16]. Rows and columns that are missing are zeros. With minima
+// the zero is 0, and with 4 bits at most 8.
 struct Matrix {
     const uint8_t *codes;
     const void *scales, *minima;  // float, or half floats
