@@ -222,7 +222,7 @@ class Sampler:
         for adjust in self.adjustments:
             logits = adjust(logits, self.history)
         if self.is_greedy:
-            return logits.argmax(-1)
+            return _largest(logits)[1]
         for keep in self.filters:
             logits = keep(logits)
         return pick(logits, self._next_uniforms())
