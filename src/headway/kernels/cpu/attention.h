@@ -71,15 +71,14 @@ template <int KEPT> FN float number_at(const void *from, i64 at) {
     return KEPT == HALVES ? half_to_float(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
-// What some rows of one sequence see of one head: S columns from `keys` and `values` on; `whole` if each sees all,
-// `in_order` if each column stands at its position.
+// What some rows of one sequence see of one head: S columns from `keys` and `values` on, the sequence's from `first` on;
+// `in_order` if each stands at its position.
 struct View {
     const char *keys, *values;
     const float *key_scales, *value_scales;
     const i64 *positions;
-    i64 S, stride;
-    bool whole, in_order;
-    i64 first, room;  // the first column; S up to whole vectors
+    i64 S, stride, first, room;  // S up to whole vectors
+    bool in_order;
 };
 
 // scores[r][s] = q[r] k[s] for COUNT rows, which share the keys as they are loaded. What a row gets depends neither on the
@@ -154,15 +153,13 @@ FN bool sees(const Attend &a, i64 position, i64 column) {
 // The columns from the first to the last that any of `count` rows, from positions `least` to `most`, sees of `used` ones.
 struct Range {
     i64 low, high;
-    bool whole;
 };
 
 // Where each column stands at its position.
 FN Range range_in_order(const Attend &a, i64 least, i64 most, i64 used) {
     const i64 before = least - a.window + 1, after = a.causal ? most + 1 : a.window ? most + a.window : used;
     const i64 low = a.window && before > 0 ? before : 0, high = after < used ? after : used;
-    const bool whole = !(a.causal && least < high - 1) && !(a.window && (most - low >= a.window || high - 1 - least >= a.window));
-    return {low < high ? low : high, high, whole};
+    return {low < high ? low : high, high};
 }
 
 // The scores of a row at `position` become weights that sum to one, times the scales of values in codes; a row that sees
@@ -176,15 +173,10 @@ TARGET static void weigh(float *s, const View &v, i64 position, const Attend &a,
         const i64 away = v.positions[i] - position;
         s[i] += bias[away < -a.reach ? -a.reach : away > a.reach ? a.reach : away];
     }
-    i64 low = 0, high = v.S;
-    if (v.in_order) {
-        const Range seen = range_in_order(a, position, position, v.first + v.S);
-        low = seen.low > v.first ? seen.low - v.first : 0;
-        high = seen.high - v.first;
-    }
-    for (i64 i = 0; i < low; ++i) s[i] = none;
-    for (i64 i = 0; !v.in_order && !v.whole && i < v.S; ++i) s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
-    for (i64 i = high; i < v.room; ++i) s[i] = none;
+    const Range all = {v.first, v.first + v.S}, seen = v.in_order ? range_in_order(a, position, position, all.high) : all;
+    for (i64 i = 0; i < seen.low - v.first; ++i) s[i] = none;
+    for (i64 i = 0; !v.in_order && i < v.S; ++i) s[i] = sees(a, position, v.positions[i]) ? s[i] : none;
+    for (i64 i = seen.high - v.first; i < v.room; ++i) s[i] = none;
     Floats tops = splat(none), totals = {};
     for (i64 i = 0; i < v.room; i += LANES) {
         const Floats x = load<Floats>(s + i);
@@ -213,7 +205,7 @@ TARGET static Range range_by_search(const Attend &a, const i64 *rows, int count,
         low = s < low ? s : low;
         high = s + 1;
     }
-    return {high == 0 ? 0 : low, high, false};
+    return {high == 0 ? 0 : low, high};
 }
 
 TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
@@ -232,7 +224,7 @@ TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
     const float *k_scales = c.kept == CODES ? c.key_scales + vector : nullptr;
     const float *v_scales = c.kept == CODES ? c.value_scales + vector : nullptr;
     const i64 S = of.high - of.low, room = (S + LANES - 1) / LANES * LANES;
-    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, of.whole, c.state[1] != 0, of.low, room};
+    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, of.low, room, c.state[1] != 0};
 }
 
 FN i64 shared_heads(const Attend &a) { return (a.N / a.K + HEADS - 1) / HEADS; }  // items of a key-value head

@@ -246,7 +246,7 @@ TARGET static Statistics statistics_of(const float *x, i64 n, i64 normalization,
     const float mean = sum_of(sums) / (float)n;
     for (i64 i = 0; i < n; i += LANES) {
         const Floats away = load_some(x + i, n - i) - mean;
-        squares = plus_product(squares, away, n - i < LANES ? load_some((const float *)&away, n - i) : away);
+        squares = plus_product(squares, away, load_some((const float *)&away, n - i));  // none behind the end
     }
     return {mean, 1.0f / __builtin_sqrtf(sum_of(squares) / (float)n + eps)};
 }

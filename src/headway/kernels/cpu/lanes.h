@@ -72,9 +72,6 @@ FN Ints nearest(Floats value) {
 #endif
 }
 
-typedef int32_t FourInts __attribute__((vector_size(16)));
-typedef float FourFloats __attribute__((vector_size(16)));
-
 // Integers of one byte; the compiler by itself would take them one by one.
 FN Bytes narrowed(Ints v) {
 #if LEVEL >= 3
@@ -87,6 +84,9 @@ FN Bytes narrowed(Ints v) {
     return __builtin_convertvector(v, Bytes);
 #endif
 }
+
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef float FourFloats __attribute__((vector_size(16)));
 
 template <class Four, class V> FN Four folded(V v) {
     Four parts[WIDTH / 16];
