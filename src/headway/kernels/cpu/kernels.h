@@ -1,9 +1,10 @@
 // The steps, each over a range of its items and independent of how the items are shared out among threads.
 
-static const int ROWS = 16;  // of W, side by side
+static const int ROWS = 16;  // of W, side by side: a block
+static const int PAIR = LEVEL >= 3 ? 2 : 1;  // blocks that many rows meet together, so that each activation is loaded once
 
-struct Block {  // one number for each of them
-    Floats parts[PARTS];
+struct Block {  // one number for each row of W of a pair
+    Floats parts[PAIR * PARTS];
 };
 
 FN Floats numbers(const void *from, i64 at, i64 half) {
@@ -16,26 +17,27 @@ static const int AT_ONCE = LEVEL >= 3 ? 8 : 4;
 static const i64 AHEAD = 2048;  // bytes of codes: by itself a core asks for too few at a time to keep the memory busy
 static const i64 PANEL = 16;  // rows whose codes stay in the first cache while all of W passes
 
-// out[r] = sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
-template <int BITS, int CHUNK, bool MINIMA, int COUNT>
+// out[r] = BLOCKS times sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
+template <int BITS, int CHUNK, bool MINIMA, int COUNT, int BLOCKS>
 TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *out) {
-    const int QUADS = CHUNK / (BITS == 4 ? 8 : 4), BESIDE = PARTS == 4 && COUNT > 1 ? 2 : PARTS;
+    const int QUADS = CHUNK / (BITS == 4 ? 8 : 4), ALL = BLOCKS * PARTS, BESIDE = ALL == 4 && COUNT > 1 ? 2 : ALL;
     const i64 chunks = (w.columns + CHUNK - 1) / CHUNK, per_group = w.group / CHUNK, width = chunks * CHUNK;
-    const i64 groups = (chunks + per_group - 1) / per_group;
-    const uint8_t *codes = w.codes + block * chunks * QUADS * 64;
+    const i64 groups = (chunks + per_group - 1) / per_group, next = chunks * QUADS * 64;  // from block to block
+    const uint8_t *codes = w.codes + block * next;
     const int8_t *a = in.codes + row * width;
     const float *a_scales = in.scales + row * chunks;
     const int32_t *a_sums = in.sums + row * chunks;
     const Ints less = Sum<BITS>::less(w.zero);
-    Floats totals[COUNT][PARTS];
-#pragma GCC unroll 8
+    Floats totals[COUNT][ALL];
+#pragma GCC unroll 16
     for (int r = 0; r < COUNT; ++r)
-        for (int p = 0; p < PARTS; ++p) totals[r][p] = Floats{};
+        for (int p = 0; p < ALL; ++p) totals[r][p] = Floats{};
     i64 group = block * groups * ROWS, left = per_group;
     for (i64 c = 0; c < chunks; ++c, a += CHUNK, codes += QUADS * 64) {
-        for (int q = 0; q < QUADS; ++q) __builtin_prefetch(codes + AHEAD + q * 64);
-        for (int p = 0; p < PARTS; p += BESIDE) {
+        for (int q = 0; q < BLOCKS * QUADS; ++q) __builtin_prefetch(codes + AHEAD + q / QUADS * next + q % QUADS * 64);
+        for (int p = 0; p < ALL; p += BESIDE) {
             Sum<BITS> dots[COUNT][BESIDE];
+#pragma GCC unroll 16
             for (int r = 0; r < COUNT; ++r) {
                 const Ints sum = MINIMA && !Sum<BITS>::SHIFT ? Ints{} : splat_from(a_sums + r * chunks + c);
                 for (int b = 0; b < BESIDE; ++b) dots[r][b].begin(less, sum);
@@ -44,10 +46,11 @@ TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *ou
             for (int q = 0; q < QUADS; ++q) {
                 Codes low[BESIDE], high[BESIDE];
                 for (int b = 0; b < BESIDE; ++b) {
-                    const Codes both = load<Codes>(codes + q * 64 + (p + b) * WIDTH);
+                    const Codes both = load<Codes>(codes + (p + b) / PARTS * next + q * 64 + (p + b) % PARTS * WIDTH);
                     low[b] = BITS == 4 ? low_halves(both) : both;
                     high[b] = BITS == 4 ? high_halves(both) : both;
                 }
+#pragma GCC unroll 16
                 for (int r = 0; r < COUNT; ++r) {
                     const int8_t *from = a + r * width + 4 * q;
                     for (int b = 0; b < BESIDE; ++b) dots[r][b].add(low[b], from);
@@ -55,9 +58,12 @@ TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *ou
                 }
             }
             Floats scale[BESIDE], minimum[BESIDE];
-            for (int b = 0; b < BESIDE; ++b) scale[b] = numbers(w.scales, group + (p + b) * LANES, w.half);
-            for (int b = 0; MINIMA && b < BESIDE; ++b) minimum[b] = numbers(w.minima, group + (p + b) * LANES, w.half);
-#pragma GCC unroll 8
+            for (int b = 0; b < BESIDE; ++b) {
+                const i64 at = group + (p + b) / PARTS * groups * ROWS + (p + b) % PARTS * LANES;
+                scale[b] = numbers(w.scales, at, w.half);
+                if (MINIMA) minimum[b] = numbers(w.minima, at, w.half);
+            }
+#pragma GCC unroll 16
             for (int r = 0; r < COUNT; ++r) {
                 const Floats step = splat_from(a_scales + r * chunks + c);
                 const Floats whole = step * to_floats(splat_from(a_sums + r * chunks + c));
@@ -70,32 +76,36 @@ TARGET void tile(const Matrix &w, i64 block, const Coded &in, i64 row, Block *ou
         }
         if (--left == 0) group += ROWS, left = per_group;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < COUNT; ++r)
-        for (int p = 0; p < PARTS; ++p) out[r].parts[p] = totals[r][p];
+        for (int p = 0; p < ALL; ++p) out[r].parts[p] = totals[r][p];
 }
 
-template <int BITS, int CHUNK, bool MINIMA>
+template <int BITS, int CHUNK, bool MINIMA, int BLOCKS>
 TARGET void tiles(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
     for (; count >= AT_ONCE; count -= AT_ONCE, row += AT_ONCE, out += AT_ONCE)
-        tile<BITS, CHUNK, MINIMA, AT_ONCE>(w, block, in, row, out);
-    for (; AT_ONCE > 4 && count >= 4; count -= 4, row += 4, out += 4) tile<BITS, CHUNK, MINIMA, 4>(w, block, in, row, out);
-    for (; count >= 2; count -= 2, row += 2, out += 2) tile<BITS, CHUNK, MINIMA, 2>(w, block, in, row, out);
-    if (count) tile<BITS, CHUNK, MINIMA, 1>(w, block, in, row, out);
+        tile<BITS, CHUNK, MINIMA, AT_ONCE, BLOCKS>(w, block, in, row, out);
+    for (; AT_ONCE > 4 && count >= 4; count -= 4, row += 4, out += 4)
+        tile<BITS, CHUNK, MINIMA, 4, BLOCKS>(w, block, in, row, out);
+    for (; count >= 2; count -= 2, row += 2, out += 2) tile<BITS, CHUNK, MINIMA, 2, BLOCKS>(w, block, in, row, out);
+    if (count) tile<BITS, CHUNK, MINIMA, 1, BLOCKS>(w, block, in, row, out);
 }
 
 template <int BITS, int CHUNK>
-TARGET void products(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
-    if (w.minima) return tiles<BITS, CHUNK, true>(w, block, in, row, count, out);
-    tiles<BITS, CHUNK, false>(w, block, in, row, count, out);
+TARGET void products(const Matrix &w, i64 block, int blocks, const Coded &in, i64 row, int count, Block *out) {
+    if (w.minima && blocks == 1) return tiles<BITS, CHUNK, true, 1>(w, block, in, row, count, out);
+    if (w.minima) return tiles<BITS, CHUNK, true, PAIR>(w, block, in, row, count, out);
+    if (blocks == 1) return tiles<BITS, CHUNK, false, 1>(w, block, in, row, count, out);
+    tiles<BITS, CHUNK, false, PAIR>(w, block, in, row, count, out);
 }
 
-TARGET static void multiply(const Matrix &w, i64 block, const Coded &in, i64 row, int count, Block *out) {
-    if (w.bits == 4) return products<4, 32>(w, block, in, row, count, out);
-    if (w.bits == 7 && w.chunk == 16) return products<7, 16>(w, block, in, row, count, out);
-    if (w.bits == 7) return products<7, 32>(w, block, in, row, count, out);
-    if (w.chunk == 16) return products<8, 16>(w, block, in, row, count, out);
-    products<8, 32>(w, block, in, row, count, out);
+TARGET static void
+multiply(const Matrix &w, i64 block, int blocks, const Coded &in, i64 row, int count, Block *out) {
+    if (w.bits == 4) return products<4, 32>(w, block, blocks, in, row, count, out);
+    if (w.bits == 7 && w.chunk == 16) return products<7, 16>(w, block, blocks, in, row, count, out);
+    if (w.bits == 7) return products<7, 32>(w, block, blocks, in, row, count, out);
+    if (w.chunk == 16) return products<8, 16>(w, block, blocks, in, row, count, out);
+    products<8, 32>(w, block, blocks, in, row, count, out);
 }
 
 // Chunk `c` of one row of W as floats.
@@ -164,40 +174,45 @@ FN Floats activate(Floats x, i64 activation) {
 
 FN i64 width_of(const Linear &l) { return l.gated ? l.weight.rows / 2 : l.weight.rows; }
 
-// Of `count` rows from t on: the products with a block of W and all that is added to them, in the first of `sums`. What
-// a layer has or has not is asked once for all of them, not for each vector.
-TARGET static void sums_with(const Linear &l, i64 block, i64 t, int count, Block *sums) {
+// Of `count` rows from t on: the products with blocks of W and all that is added to them, in the first of `sums`. What a
+// layer has or has not is asked once for all of them, not for each vector.
+TARGET static void sums_with(const Linear &l, i64 block, int blocks, i64 t, int count, Block *sums) {
     const i64 planes = l.in.planes;
-    multiply(l.weight, block, l.in, t * planes, count * (int)planes, sums);
+    const int parts = blocks * PARTS;
+    multiply(l.weight, block, blocks, l.in, t * planes, count * (int)planes, sums);
     for (int r = 0; planes == 2 && r < count; ++r)
-        for (int p = 0; p < PARTS; ++p) sums[r].parts[p] = sums[2 * r].parts[p] + sums[2 * r + 1].parts[p];
+        for (int p = 0; p < parts; ++p) sums[r].parts[p] = sums[2 * r].parts[p] + sums[2 * r + 1].parts[p];
     for (int r = 0; l.weight.bias && r < count; ++r)
-        for (int p = 0; p < PARTS; ++p) sums[r].parts[p] += load<Floats>(l.weight.bias + block * ROWS + p * LANES);
+        for (int p = 0; p < parts; ++p) sums[r].parts[p] += load<Floats>(l.weight.bias + block * ROWS + p * LANES);
     for (int r = 0; l.beside && r < count; ++r) {
         const float *beside = l.beside + (t + r) * l.beside_stride + block * ROWS;
-        for (int p = 0; p < PARTS; ++p) sums[r].parts[p] += load<Floats>(beside + p * LANES);
+        for (int p = 0; p < parts; ++p) sums[r].parts[p] += load<Floats>(beside + p * LANES);
     }
 }
 
-// Items: 16 columns of the output for a panel of rows, one panel after the other.
+// How many blocks of W go together: of a single row one, so that there are shares enough for all threads.
+FN i64 together(i64 T) { return T > 1 ? PAIR : 1; }
+
+// Items: a block or a pair of them, 16 or 32 columns of the output, for a panel of rows, one panel after the other.
 TARGET static void linear(const Linear &l, i64 T, i64 begin, i64 end) {
-    const i64 width = width_of(l), across = (width + ROWS - 1) / ROWS;
+    const i64 width = width_of(l), all = (width + ROWS - 1) / ROWS, step = together(T), across = (all + step - 1) / step;
     for (i64 at = begin; at < end; ++at) {
-        const i64 item = at % across, first = at / across * PANEL, last = first + PANEL < T ? first + PANEL : T;
-        const i64 left = width - item * ROWS;
+        const i64 block = at % across * step, first = at / across * PANEL, last = first + PANEL < T ? first + PANEL : T;
+        const i64 left = width - block * ROWS;
+        const int blocks = (int)(all - block < step ? all - block : step), parts = blocks * PARTS;
         for (i64 t = first; t < last; t += AT_ONCE) {
             const int count = (int)(last - t < AT_ONCE ? last - t : AT_ONCE);
             Block sums[2 * AT_ONCE], factors[2 * AT_ONCE];
-            sums_with(l, item, t, count, sums);
-            if (l.gated) sums_with(l, item + width / ROWS, t, count, factors);
+            sums_with(l, block, blocks, t, count, sums);
+            if (l.gated) sums_with(l, block + width / ROWS, blocks, t, count, factors);
             for (int r = 0; l.activation != NONE && r < count; ++r)
-                for (int p = 0; p < PARTS; ++p) sums[r].parts[p] = activate(sums[r].parts[p], l.activation);
+                for (int p = 0; p < parts; ++p) sums[r].parts[p] = activate(sums[r].parts[p], l.activation);
             for (int r = 0; l.gated && r < count; ++r)
-                for (int p = 0; p < PARTS; ++p) sums[r].parts[p] *= factors[r].parts[p];
+                for (int p = 0; p < parts; ++p) sums[r].parts[p] *= factors[r].parts[p];
             for (int r = 0; r < count; ++r) {
-                float *out = l.out + (t + r) * l.out_stride + item * ROWS;
-                for (int p = 0; l.adds && p < PARTS; ++p) sums[r].parts[p] += load_some(out + p * LANES, left - p * LANES);
-                for (int p = 0; p < PARTS; ++p) store_some(out + p * LANES, sums[r].parts[p], left - p * LANES);
+                float *out = l.out + (t + r) * l.out_stride + block * ROWS;
+                for (int p = 0; l.adds && p < parts; ++p) sums[r].parts[p] += load_some(out + p * LANES, left - p * LANES);
+                for (int p = 0; p < parts; ++p) store_some(out + p * LANES, sums[r].parts[p], left - p * LANES);
             }
         }
     }
@@ -310,7 +325,8 @@ TARGET static i64 item_count(const Step &step, i64 T) {
         const Attend &a = *(const Attend *)step.what;
         return (T + QUERIES - 1) / QUERIES * a.K * shared_heads(a);
     }
-    return (width_of(*(const Linear *)step.what) + ROWS - 1) / ROWS * ((T + PANEL - 1) / PANEL);
+    const i64 columns = ROWS * together(T);
+    return (width_of(*(const Linear *)step.what) + columns - 1) / columns * ((T + PANEL - 1) / PANEL);
 }
 
 TARGET static void run_step(const Step &step, i64 T, i64 begin, i64 end, i64 thread) {

@@ -140,12 +140,17 @@ FN Floats sums_of(const Floats *v) {
 #endif
 }
 
-// A sum that is not merged with what it is added to.
-#if defined(__has_builtin) && __has_builtin(__builtin_assoc_barrier)
-template <class V> FN V apart(V value) { return __builtin_assoc_barrier(value); }
+// A sum that is not merged with what it is added to. GCC's own barrier takes a vector apart, lane by lane.
+template <class V> FN V apart(V value) {
+#if HEADWAY_X86
+    asm("" : "+v"(value));
+    return value;
+#elif defined(__has_builtin) && __has_builtin(__builtin_assoc_barrier)
+    return __builtin_assoc_barrier(value);
 #else
-template <class V> FN V apart(V value) { return value; }
+    return value;
 #endif
+}
 
 // sum + a b, rounded alike wherever it is inlined.
 FN Floats plus_product(Floats sum, Floats a, Floats b) {
