@@ -89,7 +89,7 @@ class Fused:
         self._angles: dict[bool, Tensor] = {}
         self._scratch = self._buffers.floats(torch.get_num_threads(), steps.QUERIES * self._room)
         self._codes: dict[tuple[int, int, str], Coded] = {}
-        self._rooms: dict[int, Tensor] = {}
+        self._rooms: dict[tuple[int, str], Tensor] = {}
         self._bias = None if stack.bias is None else stack.bias.by_distance(room)
         for layer, block in enumerate(stack.blocks):
             assert isinstance(block, Block)
@@ -163,7 +163,7 @@ class Fused:
         places = [self._buffers.keep(tensor) for tensor in (k, v, positions, state)]
         sequence, column, head, _ = k.stride()
         columns = steps.Columns(*places, None, None, None, sequence, head, column, 0 if real is None else S, 0)
-        query = self._buffers.floats(self.rows, part.N * part.H)
+        query = self._room_of(part.N * part.H, "query")
         self._linear(part.q, self._inputs(residual.before, part.q), query)
         self._heads(part, query, 0, rows, steps.Columns(), None)
         self._attend(part, query, rows, columns)
@@ -225,7 +225,7 @@ class Fused:
     def _feed_forward(self, part: FeedForward, inputs: dict[int, Coded], residual: Residual) -> None:
         if part.gated and leaf_of(part.up).shape[0] % (2 * ROWS):
             raise UnfitError
-        hidden = self._buffers.floats(self.rows, leaf_of(part.down).shape[1])
+        hidden = self._room_of(leaf_of(part.down).shape[1], "hidden")
         self._linear(part.up, inputs, hidden, activation=_NAMES[part.activation], gated=part.gated)
         self._join(residual, part.down, hidden)
 
@@ -260,11 +260,12 @@ class Fused:
             self._codes[key] = self._buffers.codes(self.rows, columns, chunk, planes)
         return self._codes[key]
 
-    def _room_of(self, columns: int) -> Tensor:
-        """Room for rows of floats between two steps."""
-        if columns not in self._rooms:
-            self._rooms[columns] = self._buffers.floats(self.rows, columns)
-        return self._rooms[columns]
+    def _room_of(self, columns: int, purpose: str) -> Tensor:
+        """Room for rows of floats between two steps, the same for all layers."""
+        key = (columns, purpose)
+        if key not in self._rooms:
+            self._rooms[key] = self._buffers.floats(self.rows, columns)
+        return self._rooms[key]
 
     def _norm(
         self,
@@ -320,7 +321,7 @@ class Fused:
         if not thin:
             return None
         down, up = thin
-        inner, out = self._room_of(down.shape[0]), self._room_of(up.shape[0] + ROWS)
+        inner, out = self._room_of(down.shape[0], "inner"), self._room_of(up.shape[0] + ROWS, "beside")
         codes = self._coded(inner.shape[1], up.chunk, "inner", 2)  # in 15 bits: adapters share a chunk
         self._steps.append(Linear(self._matrix(down), inputs[down.chunk], inner.data_ptr(), stride=inner.shape[1]))
         self._norm(nn.Identity(), inner, codes=codes)
