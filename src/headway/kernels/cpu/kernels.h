@@ -15,7 +15,7 @@ FN Floats numbers(const void *from, i64 at, i64 half) {
 // meets each activation as it is loaded.
 static const int AT_ONCE = LEVEL >= 3 ? 8 : 4;
 static const i64 AHEAD = 2048;  // bytes of codes: by itself a core asks for too few at a time to keep the memory busy
-static const i64 PANEL = 16;  // rows whose codes stay in the first cache while all of W passes
+static const i64 PANEL = 64;  // rows whose codes stay in the second cache while all of W passes
 
 // out[r] = BLOCKS times sixteen rows of W times row r of `in`, for COUNT rows: each code is read once for all of them.
 template <int BITS, int CHUNK, bool MINIMA, int COUNT, int BLOCKS>

@@ -114,25 +114,34 @@ FN int32_t largest_of(Ints v) {
     return larger(larger(parts[0][0], parts[0][2]), larger(parts[0][1], parts[0][3]));
 }
 
-#if LEVEL >= 2
-FN __m256 eight_sums(const __m256 *v) {
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+#if LEVEL >= 3
+// Steps towards the sums of many vectors: half of what is to be added is, and the rest of both vectors stands in one.
+FN __m512 beside(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+
+FN __m512 pairs_beside(__m512 a, __m512 b) {
+    const __m512d low = _mm512_unpacklo_pd((__m512d)a, (__m512d)b), high = _mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+    return _mm512_add_ps((__m512)low, (__m512)high);
+}
+
+FN __m512 fours_beside(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
 }
 #endif
 
 // The sums of LANES vectors, as one.
 FN Floats sums_of(const Floats *v) {
 #if LEVEL >= 3
-    __m256 halves[16];
-    for (int i = 0; i < 16; ++i) {
-        const __m512 whole = (__m512)v[i];
-        halves[i] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    __m512 four[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m512 *w = (const __m512 *)v + 4 * i;
+        four[i] = pairs_beside(beside(w[0], w[1]), beside(w[2], w[3]));
     }
-    return (Floats)_mm512_insertf32x8(_mm512_castps256_ps512(eight_sums(halves)), eight_sums(halves + 8), 1);
+    return (Floats)fours_beside(fours_beside(four[0], four[1]), fours_beside(four[2], four[3]));
 #elif LEVEL == 2
-    return (Floats)eight_sums((const __m256 *)v);
+    const __m256 *w = (const __m256 *)v;
+    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(w[0], w[1]), _mm256_hadd_ps(w[2], w[3]));
+    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(w[4], w[5]), _mm256_hadd_ps(w[6], w[7]));
+    return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 #else
     Floats out;
     for (int i = 0; i < LANES; ++i) out[i] = sum_of(v[i]);
