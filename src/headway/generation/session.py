@@ -27,7 +27,8 @@ def inference(model: Transformer) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 _ROOM = 256  # tokens that a memory holds at least

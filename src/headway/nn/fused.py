@@ -350,14 +350,17 @@ class Beside(Protocol):
 
 def thin_of(module: nn.Module) -> tuple[CodedMatrix, ...]:
     """What stands beside a layer. Raises UnfitError where it has no kernel."""
+    if isinstance(module, PackedLinear):  # asked first: a protocol takes long to ask for
+        return ()
     return module.thin() if isinstance(module, Beside) else ()
 
 
 def leaf_of(module: nn.Module) -> PackedLinear:
     """A linear layer in codes, without what stands beside it."""
-    layer = module.base if isinstance(module, Beside) else module
-    if isinstance(layer, PackedLinear):
-        return layer
+    if isinstance(module, PackedLinear):
+        return module
+    if isinstance(module, Beside) and isinstance(module.base, PackedLinear):
+        return module.base
     raise UnfitError
 
 
