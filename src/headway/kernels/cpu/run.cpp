@@ -177,9 +177,10 @@ int hw_use_level(const char *name) {
     return !*name;
 }
 
-// Run `count` steps over T rows on `threads` threads. Each takes a share of a step's items whenever it has none, so that
-// one that lost its core holds up the others by one share only. Steps of a single item, such as norms of one row, are
-// taken at the meeting before them. counters: one zeroed integer per step.
+// Run `count` steps over T rows on `threads` threads. Each takes a share of what is left of a step's items whenever it has
+// none, so that all are done at about the same time, and one that lost its core holds up the others by one share only.
+// Steps of a single item, such as norms of one row, are taken at the meeting before them. counters: one zeroed integer
+// per step.
 void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *counters) {
     if (!chosen) hw_use_level("");
     const Kernels &kernels = *chosen;
@@ -194,9 +195,13 @@ void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *
         const int here = 1, thread = 0;
 #endif
         for (i64 s = 0, next; s < count; s = next) {
-            const i64 items = kernels.item_count(steps[s], T), share = items / (4 * here) + 1;
-            for (i64 begin; (begin = counters[s].fetch_add(share, std::memory_order_relaxed)) < items;)
-                kernels.run_step(steps[s], T, begin, begin + share < items ? begin + share : items, thread);
+            const i64 items = kernels.item_count(steps[s], T);
+            for (i64 begin = 0, end; begin < items;) {
+                end = begin + (items - begin) / (2 * here) + 1;
+                if (!counters[s].compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+                kernels.run_step(steps[s], T, begin, end, thread);
+                begin = end;
+            }
             for (next = s + 1; next < count && kernels.item_count(steps[next], T) == 1;) ++next;
             meeting.arrive(here, [&] {
                 for (i64 single = s + 1; single < next; ++single) kernels.run_step(steps[single], T, 0, 1, thread);
