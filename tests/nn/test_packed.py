@@ -183,6 +183,10 @@ def test_state_dict() -> None:
     other.load_state_dict(state)
     x = torch.randn(3, COLUMNS)
     assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
+    third = PackedLinear(empty, nn.Parameter(torch.zeros(len(weights))))
+    assert not torch.equal(third(x), layer(x))
+    third.load_state_dict(state, assign=True)
+    assert torch.equal(third(x), layer(x))
 
 
 # --- in a model --------------------------------------------------------------------------------------------------

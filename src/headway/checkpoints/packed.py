@@ -46,7 +46,9 @@ def joined(said: object, tensors: Mapping[str, Tensor], where: str) -> dict[str,
     for name, form in said.items():
         packed = _packed(name, form, out, f"{where} {PACKED} {name[:80]}")
         key = tuple(part.codes.data_ptr() for _, part in packed.parts)
-        out[f"{name}.weight"] = known.setdefault(key, packed)
+        if key not in known:
+            known[key] = packed._replace(parts=tuple((kind, part.settled()) for kind, part in packed.parts))
+        out[f"{name}.weight"] = known[key]
     return out
 
 

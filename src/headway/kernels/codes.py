@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headway.kernels import pages
 from headway.kernels.ggml import BLOCKS, PAIRED, WRITABLE, pack_codes, pairs, unpack_blocks
 
 ROWS = 16  # of W, side by side
@@ -56,6 +57,11 @@ class CodedMatrix(NamedTuple):
         """Memory of codes, scales and minima."""
         tensors = [self.codes, self.scales, *([] if self.minima is None else [self.minima])]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def settled(self) -> CodedMatrix:
+        """The same in memory that is read fast from end to end."""
+        minima = None if self.minima is None else pages.settled(self.minima)
+        return self._replace(codes=pages.settled(self.codes), scales=pages.settled(self.scales), minima=minima)
 
     def plain(self) -> Codes:
         """The codes row by row, as they were before `lay_out`."""
@@ -211,7 +217,7 @@ def _room(part: CodedMatrix, rows: int) -> CodedMatrix:
     """Memory for `rows` rows in the form of `part`."""
 
     def more(like: Tensor | None) -> Tensor | None:
-        return None if like is None else like.new_empty(-(-rows // ROWS), *like.shape[1:])
+        return None if like is None else pages.empty((-(-rows // ROWS), *like.shape[1:]), like)
 
     codes, scales = more(part.codes), more(part.scales)
     assert codes is not None and scales is not None

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ class _PackedModule(nn.Module):
         self.kinds, self.shape = [kind for kind, _ in packed.parts], packed.shape
         self._forms = [part._replace(codes=_NOTHING, scales=_NOTHING, minima=None) for _, part in packed.parts]
         self._dtypes = [part.scales.dtype for _, part in packed.parts]
+        self._made: tuple[tuple[Tensor | None, ...], Packed] | None = None
         self.register_buffer("input_scale", packed.input_scale)
         for number, (_, part) in enumerate(packed.parts):
             for name in _TENSORS:
@@ -120,6 +121,16 @@ class _PackedModule(nn.Module):
     @property
     def packed(self) -> Packed:
         """The matrix where it is now."""
+        held = tuple(self._buffers.values())
+        if self._made is None or any(one is not other for one, other in zip(held, self._made[0], strict=True)):
+            self._made = held, self._put_together()
+        return self._made[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._made = None  # or what has moved away would be kept
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _put_together(self) -> Packed:
         parts = []
         for number, (kind, form, dtype) in enumerate(zip(self.kinds, self._forms, self._dtypes, strict=True)):
             codes, scales, minima = (self._buffers.get(f"{name}{number}") for name in _TENSORS)

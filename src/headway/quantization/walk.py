@@ -129,7 +129,7 @@ def _important(matrix: Tensor, grid: Grid, importance: Tensor, *, searched: bool
 
 def packed(codes: Codes, grid: Grid, input_scale: Tensor | None = None) -> Packed:
     """Codes row by row as a matrix that kernels read."""
-    coded = lay_out(codes, grid.bits, min(grid.group, 32), grid.group)
+    coded = lay_out(codes, grid.bits, min(grid.group, 32), grid.group).settled()
     kind = f"INT{grid.bits}/{grid.group}{'' if grid.symmetric else ' with minima'}"
     return Packed(((kind, coded),), coded.shape, input_scale)
 
