@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, Self
@@ -122,7 +123,7 @@ class _PackedModule(nn.Module):
     def packed(self) -> Packed:
         """The matrix where it is now."""
         held = tuple(self._buffers.values())
-        if self._made is None or any(one is not other for one, other in zip(held, self._made[0], strict=True)):
+        if self._made is None or not all(map(operator.is_, held, self._made[0])):
             self._made = held, self._put_together()
         return self._made[1]
 
