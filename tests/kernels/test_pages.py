@@ -34,6 +34,18 @@ def test_kind_and_shape_are_those_asked_for(dtype: torch.dtype) -> None:
     assert pages.empty((2,), torch.empty(0, device="meta")).is_meta
 
 
+def test_without_such_memory_it_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pages, "_region", pages._Region())
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    numbers = torch.randn(100)
+    with pytest.raises(OSError, match="allocate"):
+        pages._region.take(400)
+    assert torch.equal(pages.settled(numbers), numbers)
+
+
 def test_threads_never_get_the_same_memory() -> None:
     kept: list[Tensor] = []
 

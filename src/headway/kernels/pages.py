@@ -58,9 +58,10 @@ _region = _Region()
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Room for numbers of the kind of `like`, where it is."""
     size = math.prod(shape) * like.element_size()
-    if not hasattr(mmap, "MADV_HUGEPAGE") or not like.is_cpu or not size:
-        return like.new_empty(*shape)
-    return _region.take(size).view(like.dtype).view(*shape)
+    if hasattr(mmap, "MADV_HUGEPAGE") and like.is_cpu and size:
+        with contextlib.suppress(OSError):  # no room: torch says so in its own way, if it has none either
+            return _region.take(size).view(like.dtype).view(*shape)
+    return like.new_empty(*shape)
 
 
 def settled(tensor: Tensor) -> Tensor:
