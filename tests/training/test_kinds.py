@@ -93,7 +93,7 @@ def test_encoder_fills_gaps(tmp_path: Path) -> None:
     source = ShuffledExamples(words[2000:], collate, 64, 0, {"data": "words"})
     tests = ShuffledExamples(words[:2000], collate, 256, 1, {})
     config = {"kind": "encoder", "vocab_size": 28, "max_len": 16, "n_layers": 1, "positions": "learned"}
-    _, loss, chance = train(tmp_path, config, source, [tests.batch(i) for i in range(4)], 450, batch_size=64, lr=0.01)
+    _, loss, chance = train(tmp_path, config, source, [tests.batch(i) for i in range(4)], 600, batch_size=64, lr=0.01)
     assert loss < 0.6 * chance, (loss, chance)
 
 
