@@ -2,6 +2,7 @@
 
 static const int QUERIES = 4;  // of one head, that read each key and value together; or of one token,
 static const int HEADS = 2;    // as many heads, if they share keys and values
+static const i64 SOON = 16384;  // bytes of keys, and of values, that are asked for before one token's first product
 
 FN uint16_t float_to_half(float value) {
 #if LEVEL >= 2
@@ -233,6 +234,11 @@ FN i64 shared_heads(const Attend &a) { return (a.N / a.K + HEADS - 1) / HEADS; }
 template <int KEPT> TARGET void mix(const Attend &a, i64 t, i64 n, int tokens, int heads, float *scores) {
     const View v = view_of(a, t, tokens, n);
     const int count = tokens * heads;
+    const i64 all = v.S * v.stride * (KEPT == CODES ? 1 : KEPT == HALVES ? 2 : 4), soon = all < SOON ? all : SOON;
+    for (i64 b = 0; tokens == 1 && b < soon; b += 64) {  // since its last token all weights have passed the caches
+        __builtin_prefetch(v.keys + b);
+        __builtin_prefetch(v.values + b);
+    }
     const i64 q_stride = heads > 1 ? a.H : a.q_stride, out_stride = heads > 1 ? a.H : a.N * a.H, width = 2 * a.reach + 1;
     scores_of<KEPT>(a.q + t * a.q_stride + n * a.H, q_stride, count, v, a.H, scores);
     for (int r = 0; r < count; ++r) {
