@@ -97,6 +97,22 @@ def test_ends_are_forbidden_until_min_tokens() -> None:
         past.add(torch.zeros(B, dtype=torch.long))
 
 
+@pytest.mark.parametrize("bias", [{}, {3: 50.0}])
+def test_greedy_with_forbidden_ends_is_the_best_of_the_rest(bias: dict[int, float]) -> None:
+    ends, options = range(0, V, 2), GenerationOptions(temperature=0, min_tokens=20, logit_bias=bias)
+    sampler, kinds = S.Sampler(options, ends, [[0]], [(0, 0)], V, torch.zeros(1)), []
+    for step in range(40):
+        given = torch.randn(1, V, generator=torch.Generator().manual_seed(step))
+        expected = given.clone()
+        for token, value in bias.items():
+            expected[:, token] += value
+        if step < 20:
+            expected[:, list(ends)] = float("-inf")
+        kinds.append((step < 20, int(given.argmax()) in ends))
+        assert torch.equal(sampler.choose(given), expected.argmax(1))
+    assert len(set(kinds)) == 4  # ends and others were the best, while ends were forbidden and afterwards
+
+
 def test_inactive_options_cost_nothing() -> None:
     options = GenerationOptions(temperature=1.0)
     assert S.adjustments(options, {1}, logits()) == []

@@ -175,12 +175,15 @@ def pick(logits: Tensor, uniform_B: Tensor) -> Tensor:
     return chosen.clamp(max=logits.shape[-1] - 1)  # only a row of NaN reaches the end
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, NaN if there is one, and where it first stands. (B, V) -> (B,), (B,)."""
+def _largest(logits: Tensor) -> tuple[list[float], Tensor]:
+    """The largest logit of each row, NaN if there is one, and where it first stands. (B, V) -> B numbers, (B,)."""
     if not logits.is_cpu or logits.dtype != torch.float32:
-        return logits.max(-1)
-    ids = torch.from_numpy(logits.numpy().argmax(-1))  # which is vectorised, unlike torch's
-    return logits.gather(1, ids[:, None])[:, 0], ids
+        values, ids = logits.max(-1)
+        return values.tolist(), ids
+    numbers = logits.numpy()
+    places = numbers.argmax(-1)  # which is vectorised, unlike torch's
+    best = [numbers.item(row, place) for row, place in enumerate(places.tolist())]
+    return best, torch.from_numpy(places)
 
 
 class Sampler:
@@ -202,6 +205,8 @@ class Sampler:
     ) -> None:
         self.history = History(options, prompts, vocab, like)
         self.adjustments = adjustments(options, end_ids, like)
+        self._end_ids = frozenset(end_ids)
+        self._only_forbids = all(isinstance(step, partial) and step.func is forbid_until for step in self.adjustments)
         self.filters = filters(options)
         self.is_greedy = options.is_greedy
         # Philox is a counter keyed by (seed, sample): nearby seeds give unrelated streams, on every device the same.
@@ -212,11 +217,17 @@ class Sampler:
     def choose(self, logits: Tensor) -> Tensor:
         """(B, V) -> (B,) token ids, -1 for rows whose logits are not numbers; the history grows by them."""
         best, ids = _largest(logits)
-        if self.adjustments or not self.is_greedy:
+        if not self._is_settled(ids):
             ids = self._process(wide(logits))
         self.history.add(ids)
-        # A NaN or +inf anywhere is the maximum.
-        return ids if all(map(math.isfinite, best.tolist())) else torch.where(best.isfinite(), ids, -1)
+        is_finite = list(map(math.isfinite, best))  # a NaN or +inf anywhere is the maximum
+        return ids if all(is_finite) else torch.where(torch.tensor(is_finite, device=ids.device), ids, -1)
+
+    def _is_settled(self, ids: Tensor) -> bool:
+        """Whether the most likely tokens are the choice: nothing but ends is ruled out, and none of them is one."""
+        if not self.is_greedy:
+            return False
+        return not self.adjustments or (self._only_forbids and self._end_ids.isdisjoint(ids.tolist()))
 
     def _process(self, logits: Tensor) -> Tensor:
         for adjust in self.adjustments:

@@ -22,7 +22,8 @@ def inference(model: Transformer) -> Iterator[None]:
     Not torch.inference_mode: tables that the model computes lazily inside would be unusable in training afterwards.
     """
     was_training = model.training
-    model.eval()
+    if any(module.training for module in model.modules()):  # a look takes a quarter of what setting takes
+        model.eval()
     try:
         with torch.no_grad():
             yield
@@ -159,7 +160,7 @@ class Session:
         return torch.cat(found, 1)
 
     def _known(self, logits_BTV: Tensor) -> Tensor:
-        return logits_BTV[..., : self.vocab]
+        return logits_BTV if logits_BTV.shape[-1] == self.vocab else logits_BTV[..., : self.vocab]
 
     def last(self, logits_BTV: Tensor) -> Tensor:
         """The logits (B, V) of each row's last place, from those of `prefill`."""

@@ -197,6 +197,5 @@ class Program:
         """Take all steps over `rows` rows, on torch's number of threads."""
         lib = library()
         assert lib is not None
-        ctypes.memset(self._counters, 0, ctypes.sizeof(self._counters))
         threads = ctypes.c_int(torch.get_num_threads())
         lib.hw_run(self._listed, i64(len(self._steps)), i64(rows), threads, self._counters)

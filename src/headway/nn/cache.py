@@ -129,11 +129,11 @@ class Slots:
         kept_BKSX.scatter_(2, self._columns[:, None, :, None].expand_as(new_BKTX), new_BKTX)
         return kept_BKSX[:, :, : self._shown] if old is None else torch.cat((old, new_BKTX), 2)
 
-    def columns(self, T: int) -> Tensor | None:
-        """Where the T new tokens go, (B|1, T); None where they would overwrite what they still have to see."""
+    def columns(self, positions: Tensor) -> Tensor | None:
+        """Where tokens at these positions go, (B|1, T); None where they would overwrite what they still have to see."""
         if self._past is not None:
             return None
-        return torch.arange(self._start, self._start + T)[None] if self._columns is None else self._columns
+        return positions if self._columns is None else self._columns
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -237,12 +237,12 @@ class Cache:
             return {window: slots.place(positions, self.shown) for window, slots in self.groups.items()}
         T = positions.shape[1]
         start = self.length if real is None else None
-        after = self.lengths + (T if real is None else real.sum(1))
-        longest = int(after.max()) if start is None else start + T
+        new = T if real is None else real.sum(1)
+        longest = int((self.lengths + new).max()) if start is None else start + T
         if longest > self.max_len:
             raise BugError("cache", f"{longest} tokens", f"at most {self.max_len}")
         seen = {window: slots.begin(positions, real, start) for window, slots in self.groups.items()}
-        self.lengths.copy_(after)
+        self.lengths += new
         self.length = start + T if start is not None else None
         return seen
 

@@ -111,6 +111,7 @@ template <int KEPT> TARGET void scores_of(const float *q, i64 q_stride, int coun
     const int TOGETHER = LANES / 4;
     int r = 0;
     for (; r + TOGETHER <= count; r += TOGETHER) scores_some<KEPT, TOGETHER>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
+    for (; LANES > 8 && r + 2 <= count; r += 2) scores_some<KEPT, 2>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
     for (; r < count; ++r) scores_some<KEPT, 1>(q + r * q_stride, q_stride, v, H, scores + r * v.room);
 }
 
@@ -128,7 +129,7 @@ template <int KEPT, int COUNT, int WIDE> TARGET void gather_some(const float *we
 }
 
 template <int KEPT, int COUNT> TARGET void gather_rows(const float *weights, const View &v, i64 H, float *out, i64 stride) {
-    const int WIDE = COUNT == 1 ? 4 : 2;
+    const int WIDE = COUNT == QUERIES ? 2 : 4;
     i64 i = 0;
     for (; i + WIDE * LANES <= H; i += WIDE * LANES) gather_some<KEPT, COUNT, WIDE>(weights, v, i, out, stride);
     for (; i + LANES <= H; i += LANES) gather_some<KEPT, COUNT, 1>(weights, v, i, out, stride);

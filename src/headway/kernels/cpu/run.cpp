@@ -179,13 +179,14 @@ int hw_use_level(const char *name) {
 
 // Run `count` steps over T rows on `threads` threads. Each takes a share of what is left of a step's items whenever it has
 // none, so that all are done at about the same time, and one that lost its core holds up the others by one share only.
-// Steps of a single item, such as norms of one row, are taken at the meeting before them. counters: one zeroed integer
+// Steps of a single item, such as norms of one row, are taken at the meeting before them. counters: one integer
 // per step.
 void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *counters) {
     if (!chosen) hw_use_level("");
     const Kernels &kernels = *chosen;
     Meeting meeting;
     const i64 began = nanoseconds();
+    for (i64 s = 0; s < count; ++s) counters[s].store(0, std::memory_order_relaxed);
     threads = crowding.threads(threads, T);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
