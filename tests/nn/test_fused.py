@@ -399,6 +399,25 @@ def test_tokens_read_together_are_those_read_one_by_one(form: str, kind: str, le
         steps.use_level()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_the_last_tokens_alone_are_those_among_all(form: str) -> None:
+    """Their states and logits, those of the next prompt, and of a token behind it; to the last bit without windows."""
+    model = in_codes(ModelConfig(**{**SIZES, **FORMS[form]}))
+    ids, found = torch.randint(50, (3, 15)), []
+    with use_planes(2):
+        for last_only in (True, False):
+            cache = model.new_cache(3, 40)
+            cache.last_only, cache.is_whole = last_only, False  # all through the blocks, none as a single call
+            pieces = [model(piece, cache=cache) for piece in (ids[:, :7], ids[:, 7:14], ids[:, 14:])]
+            assert pieces[1].hidden.shape[1] == (1 if last_only else 7)
+            found.append([(piece.hidden[:, -1], piece.logits[:, -1]) for piece in pieces])
+            assert type(cache.fused) is Fused
+    for one, other in zip(*found, strict=True):
+        for some, same in zip(one, other, strict=True):
+            assert torch.equal(some, same) if form not in ("gemma", "mistral") else gap(some, same) < 1e-4
+
+
 @pytest.mark.parametrize("shape", [(3,), (1, 0)])
 @torch.no_grad()
 def test_ids_of_another_shape_are_refused_by_name(shape: tuple[int, ...]) -> None:

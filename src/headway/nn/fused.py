@@ -96,22 +96,35 @@ class Fused:
             assert isinstance(block, Block)
             turns = stack.turned[layer] and stack.rope is not None
             self._block(block, layer, self._angles_of(stack, window is not None) if turns else None)
+            if block.is_parallel:  # its inputs in codes are those of all tokens
+                self._stored = len(self._steps)
         self._norm(stack.norm, self.x, out=self.x)
 
     @functools.cached_property
-    def _program(self) -> Program:
-        """Made when it first runs, with all that was written down by then."""
-        return Program(self._steps)
+    def _programs(self) -> tuple[Program, Program]:
+        """What all tokens need until their last key is stored, and what only those need whose states are asked for."""
+        return Program(self._steps[: self._stored]), Program(self._steps[self._stored :])
 
-    def run(self, x: Tensor, angles: Angles) -> Tensor:
-        """All blocks and the last norm over rows (rows, D) -> (rows, D); angles (rows, pairs) complex."""
+    def run(self, x: Tensor, angles: Angles, T: int = 1) -> Tensor:
+        """All blocks and the last norm over rows (rows, D), of each T rows for the last: (rows / T, D).
+
+        angles: (rows, pairs) complex.
+        """
         self.x.copy_(x)
         for is_window, kept in self._angles.items():
             given = angles[is_window]
             assert given is not None
             kept.copy_(torch.view_as_real(given))
-        self._program.run(self.rows)
-        return self.x
+        stored, rest = self._programs
+        stored.run(self.rows)
+        count, places = self.rows // T, [keys.rows_here for keys in self.keys.values()]
+        before = [rows[:count].copy() for rows in places]
+        for rows in (self.x.numpy(), self._qkv.numpy(), *places) if T > 1 else ():
+            rows[:count] = rows[T - 1 :: T].copy()
+        rest.run(count)
+        for rows, some in zip(places, before, strict=True):
+            rows[:count] = some
+        return self.x[:count]
 
     def place(self, cache: Cache, positions: Tensor, T: int) -> None:
         """Say where T new tokens of each row stand, (B|1, T), for which the cache has made room."""
@@ -147,8 +160,9 @@ class Fused:
             raise UnfitError
         self._linear(part.qkv, inputs, self._qkv)
         keys = self.keys[None if self._cache is None else self._cache.layers[layer][0]]
-        columns = self._beside(part, keys) if self._cache is None else self._stored(self._cache, layer, keys)
+        columns = self._beside(part, keys) if self._cache is None else self._kept(self._cache, layer, keys)
         self._heads(part, self._qkv, part.K, keys.rows, columns, angles)
+        self._stored = len(self._steps)
         self._attend(part, self._qkv, keys.rows, columns, is_causal=is_causal, window=window, bias=self._bias)
 
     def _cross(self, part: Attention, residual: Residual, layer: int) -> None:
@@ -211,7 +225,7 @@ class Fused:
         )
         return steps.Columns(*places, None, None, width, part.H, width, 1, 0)
 
-    def _stored(self, cache: Cache, layer: int, keys: Keys) -> steps.Columns:
+    def _kept(self, cache: Cache, layer: int, keys: Keys) -> steps.Columns:
         """Columns of a cache."""
         window, index = cache.layers[layer]
         slots = cache.groups[window]
@@ -390,9 +404,16 @@ def _numbers(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
 
 
 def pass_through(
-    stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache | None, encoded: Encoded | None, angles: Angles
+    stack: Stack,
+    x_BTD: Tensor,
+    sight: Sight,
+    cache: Cache | None,
+    encoded: Encoded | None,
+    angles: Angles,
+    *,
+    last_only: bool,
 ) -> Tensor | None:
-    """All blocks and the last norm, (B, T, D) -> (B, T, D); None where they have to run one by one.
+    """All blocks and the last norm, (B, T, D) -> (B, T, D) or (B, 1, D); None where they have to run one by one.
 
     A cache has begun the new tokens. Padding has states of zero.
     """
@@ -404,7 +425,7 @@ def pass_through(
         leaf_of(first.attention.output)  # before any work: most models are not in codes
         if cache is None:
             return _alone(stack, x_BTD, sight, encoded, angles)
-        return _cached(stack, x_BTD, sight, cache, encoded, angles)
+        return _cached(stack, x_BTD, sight, cache, encoded, angles, last_only=last_only)
     return None
 
 
@@ -443,14 +464,24 @@ def _alone(stack: Stack, x_BTD: Tensor, sight: Sight, encoded: Encoded | None, a
     return out
 
 
-def _cached(stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache, encoded: Encoded | None, angles: Angles) -> Tensor:
+def _cached(
+    stack: Stack,
+    x_BTD: Tensor,
+    sight: Sight,
+    cache: Cache,
+    encoded: Encoded | None,
+    angles: Angles,
+    *,
+    last_only: bool,
+) -> Tensor:
     """New tokens, with steps that the cache keeps until it changes."""
-    B, T, _ = x_BTD.shape
+    B, T, D = x_BTD.shape
     if any(slots.columns(sight.q_positions) is None for slots in cache.groups.values()):
         raise UnfitError
     program = kept(cache, Fused, B, T, lambda: Fused(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded))
     program.place(cache, sight.q_positions, T)
-    return program.run(x_BTD.flatten(0, 1), _by_row(angles, B)).view_as(x_BTD).clone()
+    found = program.run(x_BTD.flatten(0, 1), _by_row(angles, B), T if last_only else 1)
+    return found.view(B, -1, D).clone()
 
 
 def _by_row(angles: Angles, B: int, chosen: Tensor | slice = slice(None)) -> Angles:

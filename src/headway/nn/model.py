@@ -295,7 +295,7 @@ class Transformer(nn.Module):
         if ahead and self.prompt is not None:
             x_BTD = self.prompt(x_BTD)
         out: Tensor = stack(x_BTD, sight, cache, encoder_BSD, encoder_real)
-        return out[:, ahead:]
+        return out[:, min(ahead, out.shape[1] - 1) :]  # which may be the last alone
 
     @property
     def _before(self) -> int:

@@ -8,6 +8,7 @@ depend on the length of the text, sinusoids, and tables narrower than the model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from headway.config import Sinusoidal
 from headway.kernels.codes import check_rows
 from headway.kernels.native import usable
-from headway.kernels.steps import Gather, Linear, Matrix, described
+from headway.kernels.steps import Gather, Linear, Matrix, Program, described
 from headway.nn import packed
 from headway.nn.attention import is_steered
 from headway.nn.cache import Cache
@@ -57,6 +58,10 @@ class NextToken(Fused):
             product.out = logits.data_ptr() + 4 * place
         self._program.run(self.rows)
         return torch.from_numpy(self._x_here.copy()), logits
+
+    @functools.cached_property
+    def _program(self) -> Program:
+        return Program(self._steps)
 
     def _embed(self, part: Embeddings) -> None:
         is_other = part.types is not None or isinstance(part.positions, Sinusoidal)
