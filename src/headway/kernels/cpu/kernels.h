@@ -128,7 +128,7 @@ TARGET static void unpack(const Matrix &w, i64 row, i64 c, float *out) {
 FN Floats exponential(Floats x) {
     x = x > 88.0f ? splat(88.0f) : x;
     x = x < -87.0f ? splat(-87.0f) : x;
-    Ints n = __builtin_convertvector(x * 1.44269504088896341f + (x < 0 ? splat(-0.5f) : splat(0.5f)), Ints);
+    const Ints n = nearest(x * 1.44269504088896341f);
     const Floats whole = to_floats(n), r = apart(x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     Floats p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -270,6 +270,7 @@ TARGET static Statistics statistics_of(const float *x, i64 n, i64 normalization,
 TARGET static void norm(const Norm &n, i64 begin, i64 end) {
     const i64 D = n.columns, chunk = n.codes.codes ? n.codes.chunk : 32, chunks = (D + chunk - 1) / chunk;
     const i64 planes = n.codes.planes;
+    const bool as_it_is = n.normalization == PLAIN && !n.weight && !n.bias && !n.scale && !n.out && D % chunk == 0;
     for (i64 t = begin; t < end; ++t) {
         const float *x = n.in + t * n.in_stride;
         float *out = n.out ? n.out + t * n.out_stride : nullptr;
@@ -278,7 +279,7 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
             const i64 at = c * chunk, rest = D - at, count = rest < chunk ? rest : chunk;
             float y[32];
             for (i64 i = count; i < chunk; ++i) y[i] = 0;
-            for (i64 i = 0; i < count; i += LANES) {
+            for (i64 i = 0; !as_it_is && i < count; i += LANES) {
                 const i64 from = at + i, left = count - i;
                 Floats v = (load_some(x + from, left) - of.mean) * of.factor;
                 if (n.weight) v *= load_some(n.weight + from, left);
@@ -290,8 +291,8 @@ TARGET static void norm(const Norm &n, i64 begin, i64 end) {
             if (!n.codes.codes) continue;
             const i64 first = t * planes * chunks + c;
             float *scales = n.codes.scales + first;
-            *scales = code_chunk(y, chunk, planes, n.codes.codes + t * planes * chunks * chunk + at, chunks * chunk,
-                                 n.codes.sums + first, chunks);
+            int8_t *codes = n.codes.codes + t * planes * chunks * chunk + at;
+            *scales = code_chunk(as_it_is ? x + at : y, chunk, planes, codes, chunks * chunk, n.codes.sums + first, chunks);
             if (planes == 2) scales[chunks] = *scales / 128.0f;
         }
     }

@@ -179,8 +179,7 @@ int hw_use_level(const char *name) {
 
 // Run `count` steps over T rows on `threads` threads. Each takes a share of what is left of a step's items whenever it has
 // none, so that all are done at about the same time, and one that lost its core holds up the others by one share only.
-// Steps of a single item, such as norms of one row, are taken at the meeting before them. counters: one integer
-// per step.
+// Steps of a single item, such as norms of one row, are taken at the meeting before them. `counters` holds one for each.
 void hw_run(const Step *steps, i64 count, i64 T, int threads, std::atomic<i64> *counters) {
     if (!chosen) hw_use_level("");
     const Kernels &kernels = *chosen;
