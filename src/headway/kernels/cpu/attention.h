@@ -129,7 +129,7 @@ template <int KEPT, int COUNT, int WIDE> TARGET void gather_some(const float *we
 }
 
 template <int KEPT, int COUNT> TARGET void gather_rows(const float *weights, const View &v, i64 H, float *out, i64 stride) {
-    const int WIDE = COUNT == QUERIES ? 2 : 4;
+    const int WIDE = COUNT == QUERIES && LANES < 16 ? 2 : 4;
     i64 i = 0;
     for (; i + WIDE * LANES <= H; i += WIDE * LANES) gather_some<KEPT, COUNT, WIDE>(weights, v, i, out, stride);
     for (; i + LANES <= H; i += LANES) gather_some<KEPT, COUNT, 1>(weights, v, i, out, stride);
