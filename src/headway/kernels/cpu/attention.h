@@ -5,9 +5,6 @@ static const int HEADS = 2;    // as many heads, if they share keys and values
 static const i64 SOON = 16384;  // bytes of keys, and of values, that are asked for before one token's first product
 
 FN uint16_t float_to_half(float value) {
-#if LEVEL >= 2
-    return (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
-#else
     uint32_t bits;
     __builtin_memcpy(&bits, &value, sizeof bits);
     const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
@@ -19,6 +16,18 @@ FN uint16_t float_to_half(float value) {
         return (uint16_t)(sign | (uint32_t)__builtin_nearbyintf(positive * 16777216.0f));
     }
     return (uint16_t)(sign | ((size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13));
+}
+
+// LANES numbers rounded to half floats.
+FN Halves to_halves(Floats value) {
+#if LEVEL >= 3
+    return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif LEVEL == 2
+    return (Halves)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+    Halves out;
+    for (int i = 0; i < LANES; ++i) out[i] = float_to_half(value[i]);
+    return out;
 #endif
 }
 
@@ -32,20 +41,19 @@ TARGET static void norm_head(float *x, i64 H, i64 normalization, const float *we
     }
 }
 
-TARGET static void turn_head(float *x, const float *angles, i64 pairs, i64 interleaved) {
+template <int STEP> TARGET void turn_head(float *__restrict x, float *__restrict y, const float *__restrict angles, i64 pairs) {
     for (i64 i = 0; i < pairs; ++i) {
-        const i64 one = interleaved ? 2 * i : i, other = interleaved ? 2 * i + 1 : i + pairs;
-        const float c = angles[2 * i], s = angles[2 * i + 1], a = x[one], b = x[other];
-        x[one] = a * c - b * s;
-        x[other] = b * c + a * s;
+        const float c = angles[2 * i], s = angles[2 * i + 1], a = x[STEP * i], b = y[STEP * i];
+        x[STEP * i] = a * c - b * s;
+        y[STEP * i] = b * c + a * s;
     }
 }
 
-FN void keep(void *store, float *scales, i64 at, const float *x, i64 H, i64 kept) {
+FN void keep(void *to, float *scales, i64 at, const float *x, i64 H, i64 kept) {
     int32_t sum;
-    if (kept == CODES) scales[at / H] = code_chunk(x, H, 1, (int8_t *)store + at, 0, &sum, 0);
-    else if (kept == FLOATS) __builtin_memcpy((float *)store + at, x, H * sizeof(float));
-    else for (i64 i = 0; i < H; ++i) ((uint16_t *)store)[at + i] = float_to_half(x[i]);
+    if (kept == CODES) scales[at / H] = code_chunk(x, H, 1, (int8_t *)to + at, 0, &sum, 0);
+    else if (kept == FLOATS) __builtin_memcpy((float *)to + at, x, H * sizeof(float));
+    else for (i64 i = 0; i < H; i += LANES) store_some((uint16_t *)to + at + i, to_halves(load_some(x + i, H - i)), H - i);
 }
 
 // Items: rows.
@@ -58,7 +66,9 @@ TARGET static void heads(const Heads &h, i64 begin, i64 end) {
             const bool is_q = n < h.N, is_v = n >= h.N + h.K;
             if (!is_v && h.normalization != PLAIN)
                 norm_head(x, h.H, h.normalization, is_q ? h.q_weight : h.k_weight, is_q ? h.q_bias : h.k_bias, h.eps);
-            if (!is_v && h.angles) turn_head(x, h.angles + t * 2 * h.pairs, h.pairs, h.interleaved);
+            const float *angles = h.angles + t * 2 * h.pairs;
+            if (!is_v && h.angles && h.interleaved) turn_head<2>(x, x + 1, angles, h.pairs);
+            else if (!is_v && h.angles) turn_head<1>(x, x + h.pairs, angles, h.pairs);
             if (is_q || column < 0) continue;
             const Columns &c = h.columns;
             const i64 head = is_v ? n - h.N - h.K : n - h.N;

@@ -1,5 +1,7 @@
 // The steps, each over a range of its items and independent of how the items are shared out among threads.
 
+#include "lanes.h"
+
 static const int ROWS = 16;  // of W, side by side: a block
 static const int PAIR = LEVEL >= 3 ? 2 : 1;  // blocks that many rows meet together, so that each activation is loaded once
 

@@ -35,9 +35,9 @@ FN Floats load_some(const float *from, i64 count) {
     return value;
 }
 
-FN void store_some(float *to, Floats value, i64 count) {
+template <class T, class V> FN void store_some(T *to, V value, i64 count) {
     if (count >= LANES) store(to, value);
-    else if (count > 0) __builtin_memcpy(to, &value, count * sizeof(float));
+    else if (count > 0) __builtin_memcpy(to, &value, count * sizeof(T));
 }
 
 FN Floats splat(float value) { return value - Floats{}; }

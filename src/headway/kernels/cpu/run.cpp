@@ -20,7 +20,6 @@
 #define LEVEL 0
 #define TARGET
 namespace portable {
-#include "lanes.h"
 #include "kernels.h"
 }
 
@@ -28,21 +27,18 @@ namespace portable {
 #define LEVEL 2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 namespace avx2 {
-#include "lanes.h"
 #include "kernels.h"
 }
 
 #define LEVEL 3
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 namespace avx512 {
-#include "lanes.h"
 #include "kernels.h"
 }
 
 #define LEVEL 4
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 namespace vnni {
-#include "lanes.h"
 #include "kernels.h"
 }
 #endif
@@ -157,13 +153,9 @@ const i64 *hw_sizes() {
 // The instruction sets that this machine can run, from the least, as one text with spaces.
 const char *hw_levels() {
     static char text[64];
-    char *end = text;
+    int end = 0;
     for (const Kernels &level : LEVELS)
-        if (level.usable()) {
-            if (end != text) *end++ = ' ';
-            for (const char *c = level.name; *c; ++c) *end++ = *c;
-        }
-    *end = 0;
+        if (level.usable()) end += snprintf(text + end, sizeof text - end, end ? " %s" : "%s", level.name);
     return text;
 }
 

@@ -63,23 +63,22 @@ CLONES static void rms_backward_row(In dy, In x, In w, float r, Out dx, Out dw, 
     for (i64 i = 0; i < n; ++i) dx[i] = r * (dy[i] * w[i] - x[i] * r * dot);
 }
 
+template <int STEP> static inline __attribute__((always_inline)) void turn_by(In in, Out out, In angle, i64 pairs, float sign) {
+    const i64 far = STEP == 2 ? 1 : pairs;
+    for (i64 i = 0; i < pairs; ++i) {
+        const float c = angle[2 * i], s = sign * angle[2 * i + 1], a = in[STEP * i], b = in[STEP * i + far];
+        out[STEP * i] = a * c - b * s;
+        out[STEP * i + far] = b * c + a * s;
+    }
+}
+
 // Turn `pairs` pairs by `angle` = (cos, sin) per pair; `sign` -1 turns back. Interleaved pairs are (2i, 2i + 1),
 // the others (i, i + pairs).
 CLONES static void turn(In in, Out out, In angle, i64 pairs, bool interleaved, float sign) {
-    if (interleaved) {
-        for (i64 i = 0; i < pairs; ++i) {
-            const float c = angle[2 * i], s = sign * angle[2 * i + 1], a = in[2 * i], b = in[2 * i + 1];
-            out[2 * i] = a * c - b * s;
-            out[2 * i + 1] = b * c + a * s;
-        }
-        return;
-    }
-    for (i64 i = 0; i < pairs; ++i) {
-        const float c = angle[2 * i], s = sign * angle[2 * i + 1], a = in[i], b = in[i + pairs];
-        out[i] = a * c - b * s;
-        out[i + pairs] = b * c + a * s;
-    }
+    interleaved ? turn_by<2>(in, out, angle, pairs, sign) : turn_by<1>(in, out, angle, pairs, sign);
 }
+
+static const i64 PART = 4096;
 
 CLONES static void relu2_forward_part(In x, Out y, i64 n) {
     for (i64 i = 0; i < n; ++i) {
@@ -253,15 +252,13 @@ void hw_heads_backward(const float *qkv, const float *angles, const float *wq, c
 }
 
 void hw_relu2_forward(const float *x, float *y, i64 n) {
-    const i64 part = 4096;
 #pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < n; i += part) relu2_forward_part(x + i, y + i, n - i < part ? n - i : part);
+    for (i64 i = 0; i < n; i += PART) relu2_forward_part(x + i, y + i, n - i < PART ? n - i : PART);
 }
 
 void hw_relu2_backward(const float *dy, const float *x, float *dx, i64 n) {
-    const i64 part = 4096;
 #pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < n; i += part) relu2_backward_part(dy + i, x + i, dx + i, n - i < part ? n - i : part);
+    for (i64 i = 0; i < n; i += PART) relu2_backward_part(dy + i, x + i, dx + i, n - i < PART ? n - i : PART);
 }
 
 // In place over scores (B, N, C, S): the query of row c stands at position first + c and sees the keys from `starts`
