@@ -180,8 +180,8 @@ class Cache:
 
     `lengths` (B,) counts the real tokens seen per row; `length` is that number when all rows agree and none was
     padded, else None. `declared` (B,) is the length each sequence is meant to reach, which length-dependent RoPE needs.
-    With `last_only` the model gives the logits of each row's last real token alone, (B, 1, V), and where none is padding
-    its states alone: over a long prompt and a large vocabulary the others would take more memory than the model.
+    With `last_only` the model gives the logits of each row's last real token alone, (B, 1, V), and its states alone
+    where none is padding: over a long prompt and a large vocabulary the others would take more memory than the model.
 
     Args:
         windows: the window of each layer, None for layers that see everything.
