@@ -204,8 +204,8 @@ class Sampler:
         like: Tensor,
     ) -> None:
         self.history = History(options, prompts, vocab, like)
-        self.adjustments = adjustments(options, end_ids, like)
         self._end_ids = frozenset(end_ids)
+        self.adjustments = adjustments(options, self._end_ids, like)
         self._only_forbids = all(isinstance(step, partial) and step.func is forbid_until for step in self.adjustments)
         self.filters = filters(options)
         self.is_greedy = options.is_greedy

@@ -193,9 +193,10 @@ class Program:
         self._listed = (_Step * len(steps))(*(_Step(_KINDS[type(step)], ctypes.addressof(step)) for step in steps))
         self._counters = (i64 * len(steps))()
 
-    def run(self, rows: int) -> None:
-        """Take all steps over `rows` rows, on torch's number of threads."""
+    def run(self, rows: int, begin: int = 0, end: int | None = None) -> None:
+        """Take the steps from `begin` to `end`, or all, over `rows` rows, on torch's number of threads."""
         lib = library()
         assert lib is not None
-        threads = ctypes.c_int(torch.get_num_threads())
-        lib.hw_run(self._listed, i64(len(self._steps)), i64(rows), threads, self._counters)
+        count = (len(self._steps) if end is None else end) - begin
+        first, threads = ctypes.byref(self._listed, begin * ctypes.sizeof(_Step)), ctypes.c_int(torch.get_num_threads())
+        lib.hw_run(first, i64(count), i64(rows), threads, self._counters)

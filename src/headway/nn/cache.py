@@ -252,6 +252,10 @@ class Cache:
         for slots in self.groups.values():
             slots.used = min(slots.used + 1, slots.capacity)
 
+    def asks_last(self, real: Tensor | None) -> bool:
+        """Whether of new tokens nothing but the last states are asked for, which without padding stand at the end."""
+        return self.last_only and real is None
+
     def has_room(self, count: int) -> bool:
         """Whether so many tokens more fit into every row."""
         longest = self.length if self.length is not None else int(self.lengths.max())

@@ -101,9 +101,9 @@ class Fused:
         self._norm(stack.norm, self.x, out=self.x)
 
     @functools.cached_property
-    def _programs(self) -> tuple[Program, Program]:
-        """What all tokens need until their last key is stored, and what only those need whose states are asked for."""
-        return Program(self._steps[: self._stored]), Program(self._steps[self._stored :])
+    def _program(self) -> Program:
+        """Made when it first runs, with all that was written down by then."""
+        return Program(self._steps)
 
     def run(self, x: Tensor, angles: Angles, T: int = 1) -> Tensor:
         """All blocks and the last norm over rows (rows, D), of each T rows for the last: (rows / T, D).
@@ -115,13 +115,16 @@ class Fused:
             given = angles[is_window]
             assert given is not None
             kept.copy_(torch.view_as_real(given))
-        stored, rest = self._programs
-        stored.run(self.rows)
+        if T == 1:
+            self._program.run(self.rows)
+            return self.x
+        # Later tokens read the keys of all; what comes behind the last of them concerns the last tokens alone.
+        self._program.run(self.rows, 0, self._stored)
         count, places = self.rows // T, [keys.rows_here for keys in self.keys.values()]
         before = [rows[:count].copy() for rows in places]
-        for rows in (self.x.numpy(), self._qkv.numpy(), *places) if T > 1 else ():
+        for rows in (self.x.numpy(), self._qkv.numpy(), *places):
             rows[:count] = rows[T - 1 :: T].copy()
-        rest.run(count)
+        self._program.run(count, self._stored)
         for rows, some in zip(places, before, strict=True):
             rows[:count] = some
         return self.x[:count]
@@ -404,16 +407,9 @@ def _numbers(norm: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
 
 
 def pass_through(
-    stack: Stack,
-    x_BTD: Tensor,
-    sight: Sight,
-    cache: Cache | None,
-    encoded: Encoded | None,
-    angles: Angles,
-    *,
-    last_only: bool,
+    stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache | None, encoded: Encoded | None, angles: Angles
 ) -> Tensor | None:
-    """All blocks and the last norm, (B, T, D) -> (B, T, D) or (B, 1, D); None where they have to run one by one.
+    """All blocks and the last norm, see Stack.forward; None where they have to run one by one.
 
     A cache has begun the new tokens. Padding has states of zero.
     """
@@ -425,7 +421,7 @@ def pass_through(
         leaf_of(first.attention.output)  # before any work: most models are not in codes
         if cache is None:
             return _alone(stack, x_BTD, sight, encoded, angles)
-        return _cached(stack, x_BTD, sight, cache, encoded, angles, last_only=last_only)
+        return _cached(stack, x_BTD, sight, cache, encoded, angles)
     return None
 
 
@@ -464,23 +460,14 @@ def _alone(stack: Stack, x_BTD: Tensor, sight: Sight, encoded: Encoded | None, a
     return out
 
 
-def _cached(
-    stack: Stack,
-    x_BTD: Tensor,
-    sight: Sight,
-    cache: Cache,
-    encoded: Encoded | None,
-    angles: Angles,
-    *,
-    last_only: bool,
-) -> Tensor:
+def _cached(stack: Stack, x_BTD: Tensor, sight: Sight, cache: Cache, encoded: Encoded | None, angles: Angles) -> Tensor:
     """New tokens, with steps that the cache keeps until it changes."""
     B, T, D = x_BTD.shape
     if any(slots.columns(sight.q_positions) is None for slots in cache.groups.values()):
         raise UnfitError
     program = kept(cache, Fused, B, T, lambda: Fused(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded))
     program.place(cache, sight.q_positions, T)
-    found = program.run(x_BTD.flatten(0, 1), _by_row(angles, B), T if last_only else 1)
+    found = program.run(x_BTD.flatten(0, 1), _by_row(angles, B), T if cache.asks_last(sight.k_real) else 1)
     return found.view(B, -1, D).clone()
 
 

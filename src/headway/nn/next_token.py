@@ -8,7 +8,6 @@ depend on the length of the text, sinusoids, and tables narrower than the model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from headway.config import Sinusoidal
 from headway.kernels.codes import check_rows
 from headway.kernels.native import usable
-from headway.kernels.steps import Gather, Linear, Matrix, Program, described
+from headway.kernels.steps import Gather, Linear, Matrix, described
 from headway.nn import packed
 from headway.nn.attention import is_steered
 from headway.nn.cache import Cache
@@ -43,7 +42,7 @@ class NextToken(Fused):
         super().__init__(stack, B * T, *columns_of(cache, B, T, encoded), cache, encoded)
         body, self._steps = self._steps, []
         self._shape, self._ids = (B, T), torch.empty(B * T, dtype=torch.long)
-        # The same memory: a few numbers for each token, which numpy moves in a quarter of the time that torch takes.
+        # The same memory, as in Keys.
         self._ids_here, self._x_here = self._ids.numpy(), self.x.view(B, T, -1).numpy()
         self._embed(model.decoder_embeddings or model.embeddings)
         self._turn(stack)
@@ -58,10 +57,6 @@ class NextToken(Fused):
             product.out = logits.data_ptr() + 4 * place
         self._program.run(self.rows)
         return torch.from_numpy(self._x_here.copy()), logits
-
-    @functools.cached_property
-    def _program(self) -> Program:
-        return Program(self._steps)
 
     def _embed(self, part: Embeddings) -> None:
         is_other = part.types is not None or isinstance(part.positions, Sinusoidal)

@@ -77,8 +77,7 @@ class Stack(nn.Module):
         angles = self._angles(sight, x_BTD, cache)
         sights = _sights(sight, cache, self.windows)
         encoded = None if encoder_BSD is None else Encoded(encoder_BSD, encoder_real)
-        last_only = cache is not None and cache.last_only and sight.k_real is None
-        fused = pass_through(self, x_BTD, sight, cache, encoded, angles, last_only=last_only)
+        fused = pass_through(self, x_BTD, sight, cache, encoded, angles)
         if fused is not None:
             return fused
         masks: dict[tuple[bool, int | None], Mask] = {}
@@ -98,7 +97,8 @@ class Stack(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, around, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, around)
-        out: Tensor = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        asks_last = cache is not None and cache.asks_last(sight.k_real)
+        out: Tensor = self.norm(x_BTD[:, -1:] if asks_last else x_BTD)
         return out
 
     def _angles(self, sight: Sight, like: Tensor, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:

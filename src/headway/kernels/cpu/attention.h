@@ -60,13 +60,13 @@ FN void keep(void *to, float *scales, i64 at, const float *x, i64 H, i64 kept) {
 TARGET static void heads(const Heads &h, i64 begin, i64 end) {
     for (i64 t = begin; t < end; ++t) {
         float *row = h.qkv + t * (h.N + 2 * h.K) * h.H;
+        const float *angles = h.angles + t * 2 * h.pairs;
         const i64 sequence = h.rows[3 * t], column = h.rows[3 * t + 2];
         for (i64 n = 0; n < h.N + 2 * h.K; ++n) {
             float *x = row + n * h.H;
             const bool is_q = n < h.N, is_v = n >= h.N + h.K;
             if (!is_v && h.normalization != PLAIN)
                 norm_head(x, h.H, h.normalization, is_q ? h.q_weight : h.k_weight, is_q ? h.q_bias : h.k_bias, h.eps);
-            const float *angles = h.angles + t * 2 * h.pairs;
             if (!is_v && h.angles && h.interleaved) turn_head<2>(x, x + 1, angles, h.pairs);
             else if (!is_v && h.angles) turn_head<1>(x, x + h.pairs, angles, h.pairs);
             if (is_q || column < 0) continue;
@@ -88,7 +88,7 @@ struct View {
     const char *keys, *values;
     const float *key_scales, *value_scales;
     const i64 *positions;
-    i64 S, stride, first, room;  // S up to whole vectors
+    i64 S, stride, size, first, room;  // bytes of a number; S up to whole vectors
     bool in_order;
 };
 
@@ -236,7 +236,7 @@ TARGET static View view_of(const Attend &a, i64 t, int count, i64 n) {
     const float *k_scales = c.kept == CODES ? c.key_scales + vector : nullptr;
     const float *v_scales = c.kept == CODES ? c.value_scales + vector : nullptr;
     const i64 S = of.high - of.low, room = (S + LANES - 1) / LANES * LANES;
-    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, of.low, room, c.state[1] != 0};
+    return {keys, values, k_scales, v_scales, positions + of.low, S, c.column_stride, size, of.low, room, c.state[1] != 0};
 }
 
 FN i64 shared_heads(const Attend &a) { return (a.N / a.K + HEADS - 1) / HEADS; }  // items of a key-value head
@@ -245,7 +245,7 @@ FN i64 shared_heads(const Attend &a) { return (a.N / a.K + HEADS - 1) / HEADS; }
 template <int KEPT> TARGET void mix(const Attend &a, i64 t, i64 n, int tokens, int heads, float *scores) {
     const View v = view_of(a, t, tokens, n);
     const int count = tokens * heads;
-    const i64 all = v.S * v.stride * (KEPT == CODES ? 1 : KEPT == HALVES ? 2 : 4), soon = all < SOON ? all : SOON;
+    const i64 all = v.S * v.stride * v.size, soon = all < SOON ? all : SOON;
     for (i64 b = 0; tokens == 1 && b < soon; b += 64) {  // since its last token all weights have passed the caches
         __builtin_prefetch(v.keys + b);
         __builtin_prefetch(v.values + b);
